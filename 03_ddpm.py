@@ -1,0 +1,740 @@
+"""Denoising diffusion, from the forward chain to digits (DDPM, arXiv:2006.11239; DDIM, 2010.02502).
+
+A chain without parameters turns an image x_0 into noise, t = 1..T; a network learns to go back.
+
+    q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)                           forward step, text §8.2
+    q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I),  ᾱ_t = Π_{s≤t} (1-β_s)       closed form, text §8.4
+    q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I)                                  its posterior, eq. 5.28
+    p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), σ_t² I),  σ_t² = β_t or β̃_t         what is learned
+    -log p_θ(x_0) ≤ L_T + Σ_{t=2..T} L_{t-1} + L_0                         the bound, eq. 5.27
+    L_{t-1} = E ‖μ̃_t - μ_θ‖² / 2σ_t² + const = w_t E ‖ε - ε_θ(x_t, t)‖² + const   ex. 5.4, 5.6
+    L_simple = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖²                       w_t dropped, eq. 5.36
+
+Everywhere t runs from 1 to T and ᾱ_0 = 1. Pixels are in [-1, 1], the bound is in bits/dim.
+Equations 5.x and exercises (ex.) are those of the book's chapter 5, sections § of the text.
+
+Run:     python 03_ddpm.py                                        (--help lists the settings)
+"""
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
+
+
+@dataclass
+class Config:
+    """Settings; each is a flag, `python 03_ddpm.py --help` lists them."""
+    data: str = ""  # folder of the four MNIST files, or "drawn" (else $MNIST_DIR, else data/mnist)
+    out: str = "out"  # folder for pictures, metrics, weights and samples
+    device: str = "auto"  # where to compute [auto|cuda|mps|cpu]
+    seed: int = 0  # of weights, noise and order [0..]
+    epochs: int = 3  # passes over the training images [0..]
+    batch_size: int = 128  # images a step [1..]
+    lr: float = 2e-3  # highest learning rate, after warm-up, before the cosine decay [0..1]
+    train_size: int = 0  # training images to use, 0 for all [0..]
+    load: str = ""  # start from this model.pt; with --epochs 0 only evaluate, draw and sample
+    quick: bool = False  # the whole path in seconds, on a few hundred images
+    T: int = 1000  # steps of the chain [2..]
+    width: int = 16  # channels at 28x28; twice at 14x14, four times at 7x7 [8..]
+    samples: int = 100  # images to generate for samples.npz [0..]
+    steps: int = 50  # network calls a sample; fewer than T skip through the chain [1..]
+    sampler: str = "ddim"  # ddim (eq. 12 of its paper) or ddpm, the chain of the text [ddim|ddpm]
+    eta: float = 1.0  # noise of ddim: 0 none, 1 as much as ddpm with σ² = β̃ [0..1]
+    bound_images: int = 16  # test images on which all T terms of the bound are computed [1..]
+
+
+QUICK = dict(train_size=512, epochs=1, batch_size=32, T=100, samples=16, steps=10, bound_images=2)
+SHAPES = ("T", "width")  # the settings that a checkpoint must share
+
+
+# ---- The forward chain, its posterior, and the bound ---------------------------------------------
+
+
+class Diffusion:
+    """The chain q, the model p built on a network for ε, and the bound between them.
+
+    `model(x_t, t)` is any function from (B, ...) and t (B,) to an estimate of ε (B, ...).
+    `alpha_bars[t]` is ᾱ_t for t = 0..T, `betas[t]` is β_t for t = 1..T (β_0 = 0 is a filler), both
+    float64 on the CPU; they are used in the precision of the images."""
+
+    def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02):
+        self.T = T
+        betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+        self.betas = F.pad(betas, (1, 0))
+        self.alpha_bars = torch.cumprod(1 - self.betas, 0)  # ᾱ_0 = 1
+
+    @staticmethod
+    def like(values, x):
+        """(B,) -> (B, 1, ..., 1) with the precision and device of x (B, ...)."""
+        return values.to(x).view(-1, *[1] * (x.dim() - 1))
+
+    def pair(self, t, s=None):
+        """ᾱ_t, ᾱ_s and α = ᾱ_t/ᾱ_s, each (B,), for a step from t back to s (t-1 by default)."""
+        bar_t, bar_s = self.alpha_bars[t.cpu()], self.alpha_bars[(t - 1 if s is None else s).cpu()]
+        return bar_t, bar_s, bar_t / bar_s
+
+    def q_step(self, x, t, noise):
+        """One step x_{t-1} -> x_t of the chain (text §8.2.1); t (B,)."""
+        beta = self.like(self.betas[t.cpu()], x)
+        return (1 - beta).sqrt() * x + beta.sqrt() * noise
+
+    def q_sample(self, x0, t, noise):
+        """All t steps at once, x_0 -> x_t (text §8.4.3, eq. 5.25); t (B,)."""
+        bar = self.alpha_bars[t.cpu()]
+        return self.like(bar.sqrt(), x0) * x0 + self.like((1 - bar).sqrt(), x0) * noise
+
+    def q_posterior(self, x0, x_t, t, s=None):
+        """Mean (B, ...) and variance (B, 1, ...) of q(x_s | x_t, x_0), by Bayes' rule (eq. 5.28).
+
+        s < t is t-1 by default, an earlier step when sampling skips; at s = 0 the variance is 0."""
+        bar_t, bar_s, alpha = self.pair(t, s)
+        on_x0 = bar_s.sqrt() * (1 - alpha) / (1 - bar_t)
+        on_xt = alpha.sqrt() * (1 - bar_s) / (1 - bar_t)
+        mean = self.like(on_x0, x0) * x0 + self.like(on_xt, x0) * x_t
+        return mean, self.like((1 - alpha) * (1 - bar_s) / (1 - bar_t), x0)
+
+    def predict_x0(self, x_t, t, eps):
+        """The x_0 from which this noise leads to x_t: q_sample solved for x_0."""
+        bar = self.alpha_bars[t.cpu()]
+        return self.like(1 / bar.sqrt(), x_t) * x_t - self.like((1 / bar - 1).sqrt(), x_t) * eps
+
+    def p_mean_variance(self, model, x_t, t, s=None, sigma="beta", clip=True):
+        """Mean, variance of p_θ(x_s | x_t) and x̂_0 behind them; s = t-1 by default (eq. 5.32).
+
+        σ² = β_t ("beta") is right for data of unit variance, β̃_t ("tilde") for a single known
+        image; the truth lies between. `clip` keeps x̂_0 in the range of pixels, [-1, 1]."""
+        x0 = self.predict_x0(x_t, t, model(x_t, t))
+        x0 = x0.clamp(-1, 1) if clip else x0
+        mean, variance = self.q_posterior(x0, x_t, t, s)
+        return mean, self.like(1 - self.pair(t, s)[2], x_t) if sigma == "beta" else variance, x0
+
+    def simple_loss(self, model, x0, t, noise):
+        """L_simple per image (B,): squared error of ε, mean over pixels (eq. 5.36).
+
+        A model that answers 0 scores 1."""
+        error = model(self.q_sample(x0, t, noise), t) - noise
+        return error.square().flatten(1).mean(1)
+
+    def dropped_weight(self, t):
+        """The factor of E ‖ε - ε_θ‖² in L_{t-1} that L_simple drops, for σ_t² = β_t (ex. 5.6)."""
+        beta, bar = self.betas[t.cpu()], self.alpha_bars[t.cpu()]
+        return beta / (2 * (1 - beta) * (1 - bar))  # β_t² / (2 σ_t² α_t (1-ᾱ_t))
+
+    @torch.no_grad()
+    def vlb(self, model, x0):
+        """The bound on -log p_θ(x_0), all of it, in bits/dim, with σ_t² = β_t (eq. 5.27).
+
+        Takes 8-bit images scaled to [-1, 1]. Returns L_T (B,), terms (B, T) with L_{t-1} in column
+        t-1, each at one drawn x_t, and the approximation of L_0 that ex. 5.5 derives (B,)."""
+        bits = 1 / (x0[0].numel() * math.log(2))  # nats of an image -> bits/dim
+        bar, terms = self.alpha_bars[-1].item(), []
+        L_T = 0.5 * (bar * x0.square() - bar - math.log1p(-bar)).flatten(1).sum(1)  # KL to N(0, I)
+        for step in range(1, self.T + 1):
+            t = torch.full((len(x0),), step)
+            x_t = self.q_sample(x0, t, torch.randn_like(x0))
+            mean, variance, _ = self.p_mean_variance(model, x_t, t)
+            if step == 1:
+                nats = -discretized_log_likelihood(x0, mean, variance.sqrt())  # eq. 5.34
+                near = (x0 - mean).square() / (2 * variance) + (  # ex. 5.5, with its constant
+                    0.5 * torch.log(2 * math.pi * variance) - math.log(2 / 255))
+            else:
+                nats = gaussian_kl(*self.q_posterior(x0, x_t, t), mean, variance)  # ex. 5.4
+            terms.append(nats.flatten(1).sum(1))
+        return L_T * bits, torch.stack(terms, 1) * bits, near.flatten(1).sum(1) * bits
+
+    @torch.no_grad()
+    def sample(self, model, x, steps=None, sampler="ddpm", sigma="beta", eta=1.0, watch=None):
+        """From noise x = x_T (B, ...) back to x_0 (B, ...) in `steps` network calls (T by default).
+
+        "ddpm" draws from p_θ(x_s | x_t). "ddim" adds η of that noise and keeps as much of the noise
+        it sees in x_t (arXiv:2010.02502 eq. 12, 16); with η = 1 it is "ddpm" with σ² = β̃. The last
+        step adds none. `watch(t, x_t, x̂_0)` sees every step."""
+        times = torch.linspace(self.T, 0, (steps or self.T) + 1).round().long()
+        for t, s in zip(times[:-1].tolist(), times[1:].tolist()):
+            t, s = torch.full((len(x),), t), torch.full((len(x),), s)
+            mean, variance, x0 = self.p_mean_variance(model, x, t, s, sigma)
+            if watch:
+                watch(t[0].item(), x, x0)
+            if sampler == "ddim":
+                bar_t, bar_s, _ = self.pair(t, s)
+                variance = eta ** 2 * self.q_posterior(x0, x, t, s)[1]  # eq. 16
+                eps = (x - self.like(bar_t.sqrt(), x) * x0) / self.like((1 - bar_t).sqrt(), x)
+                mean = self.like(bar_s.sqrt(), x) * x0  # eq. 12
+                mean = mean + (self.like(1 - bar_s, x) - variance).clamp(min=0).sqrt() * eps
+            x = mean + variance.sqrt() * torch.randn_like(x) if s[0] > 0 else mean
+        return x
+
+
+def gaussian_kl(mean1, variance1, mean2, variance2):
+    """KL(N(mean1, variance1) ‖ N(mean2, variance2)) per element, in nats."""
+    ratio = variance1 / variance2
+    return 0.5 * (ratio - 1 - torch.log(ratio) + (mean1 - mean2).square() / variance2)
+
+
+def discretized_log_likelihood(x0, mean, std):
+    """log of the mass N(mean, std²) has on the bin of an 8-bit pixel, in nats (eq. 5.34, 5.35).
+
+    x0 holds k/127.5 - 1 for k = 0..255; bins are 2/255 wide, the outermost reach to infinity."""
+    lower = torch.where(x0 < -0.999, -math.inf, (x0 - 1 / 255 - mean) / std)
+    upper = torch.where(x0 > 0.999, math.inf, (x0 + 1 / 255 - mean) / std)
+    lower, upper = torch.where(lower + upper > 0, -upper, lower), torch.where(
+        lower + upper > 0, -lower, upper)  # into the left tail, where the logarithms keep digits
+    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    return log_upper + torch.log(-torch.expm1(log_lower - log_upper))
+
+
+def transition_density(r, x, t, z, beta_start=0.1, beta_end=20.0):
+    """u(r, x; t, z): density at z and time t <= 1 of the chain's limit T -> ∞ started at x, r.
+
+    The limit is dX = -β(t) X/2 dt + √β(t) dW with β rising linearly (ex. 5.3). Takes tensors."""
+    integral = (t - r) * (beta_start + (beta_end - beta_start) * (t + r) / 2)  # ∫ β from r to t
+    mean, variance = x * torch.exp(-integral / 2), -torch.expm1(-integral)
+    return torch.exp(-(z - mean) ** 2 / (2 * variance)) / torch.sqrt(2 * math.pi * variance)
+
+
+def backward_residual(r, x, t, z, beta_start=0.1, beta_end=20.0):
+    """∂u/∂r + b ∂u/∂x + (a/2) ∂²u/∂x² with b = -β x/2 and a = β: 0 by Kolmogorov (ex. 5.3).
+
+    r and x (N,) have to require gradients, for autograd."""
+    u = transition_density(r, x, t, z, beta_start, beta_end)
+    u_r, u_x = torch.autograd.grad(u.sum(), (r, x), create_graph=True)
+    u_xx = torch.autograd.grad(u_x.sum(), x)[0]
+    beta = beta_start + (beta_end - beta_start) * r
+    return u_r - beta * x / 2 * u_x + beta / 2 * u_xx
+
+
+# ---- The network ---------------------------------------------------------------------------------
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) in 1..T -> (B, D): sines and cosines at the same frequencies, then a small MLP."""
+
+    def __init__(self, dim, frequencies=32):
+        super().__init__()
+        self.register_buffer("omega", torch.logspace(0, -4, frequencies), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def waves(self, t):
+        """(B,) -> (B, 2 frequencies): sin(ω t), cos(ω t), with ω from 1 to 1/10,000."""
+        angle = t[:, None] * self.omega
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+    def forward(self, t):
+        return self.mlp(self.waves(t))
+
+
+class ResidualBlock(nn.Module):
+    """x (B, C, H, W) plus two convolutions of it; the time scales and shifts what is between."""
+
+    def __init__(self, channels_in, channels, time_dim):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.time = nn.Linear(time_dim, 2 * channels)
+        self.norm2 = nn.GroupNorm(8, channels, affine=False)  # the time gives scale and shift
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # starts as the identity
+        same = channels_in == channels
+        self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels, 1)
+
+    def forward(self, x, time):
+        scale, shift = self.time(time)[:, :, None, None].chunk(2, 1)  # (B, 2C) -> 2 x (B, C, 1, 1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+
+
+class SelfAttention(nn.Module):
+    """Every pixel of a (B, C, H, W) map looks at every other: softmax(QKᵀ/√d) V in h heads."""
+
+    def __init__(self, channels, heads=4):
+        super().__init__()
+        self.heads, self.norm = heads, nn.GroupNorm(8, channels)
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, 3C, H, W) -> 3 x (B, h, HW, C/h)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(C // self.heads)  # (B, h, HW, HW)
+        return x + self.out((scores.softmax(-1) @ v).transpose(-1, -2).reshape(B, C, H, W))
+
+
+class UNet(nn.Module):
+    """ε_θ(x_t, t) for images (B, 1, 28, 28): three resolutions, 28, 14 and 7, with skips across.
+
+    The layers compute v, and ε_θ = √(1-ᾱ_t) x_t + √ᾱ_t v, so that x̂_0 = √ᾱ_t x_t - √(1-ᾱ_t) v
+    (arXiv:2202.00512 App. D). With v = 0, where training starts, this is the best linear guess for
+    pixels of unit variance, and at t near T an error of v is not divided by √ᾱ_T = 0.006."""
+
+    def __init__(self, alpha_bars, width=16):
+        super().__init__()
+        channels, time = (width, 2 * width, 4 * width), 8 * width
+        self.register_buffer("alpha_bars", alpha_bars.float(), persistent=False)
+        self.time = TimeEmbedding(time)
+        self.inlet = nn.Conv2d(1, width, 3, padding=1)
+        self.down = nn.ModuleList(ResidualBlock(c, c, time) for c in channels)
+        self.shrink = nn.ModuleList(
+            nn.Conv2d(c, 2 * c, 3, stride=2, padding=1) for c in channels[:-1])
+        self.attention = SelfAttention(channels[-1])
+        self.middle = ResidualBlock(channels[-1], channels[-1], time)
+        self.up = nn.ModuleList(ResidualBlock(2 * c, c, time) for c in channels)
+        self.grow = nn.ModuleList(nn.Conv2d(2 * c, c, 1) for c in channels[:-1])
+        self.norm, self.outlet = nn.GroupNorm(8, width), nn.Conv2d(width, 1, 3, padding=1)
+        nn.init.zeros_(self.outlet.weight)
+        nn.init.zeros_(self.outlet.bias)
+
+    def forward(self, x, t):
+        t = t.to(x.device)
+        time, h, skips = F.silu(self.time(t)), self.inlet(x), []  # (B, 8W), (B, W, 28, 28)
+        for i in range(3):
+            h = self.down[i](h, time)
+            skips.append(h)
+            h = self.shrink[i](h) if i < 2 else h  # -> (B, 2W, 14, 14) -> (B, 4W, 7, 7)
+        h = self.middle(self.attention(h), time)
+        for i in (2, 1, 0):
+            h = self.up[i](torch.cat([h, skips[i]], 1), time)
+            h = self.grow[i - 1](F.interpolate(h, scale_factor=2)) if i else h
+        out = self.outlet(F.silu(self.norm(h)))  # -> (B, 1, 28, 28)
+        bar = self.alpha_bars[t].view(-1, 1, 1, 1)
+        return (1 - bar).sqrt() * x + bar.sqrt() * out.float()
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+class EMA:
+    """Exponential moving average of a model's weights, with warm-up: step k keeps
+    min(decay, (1 + k)/(10 + k)) of the old average, so the untrained start is soon forgotten."""
+
+    def __init__(self, model, decay=0.999):
+        self.model, self.decay, self.k = copy.deepcopy(model).eval(), decay, 0
+
+    @torch.no_grad()
+    def update(self, model):
+        self.k += 1
+        keep = min(self.decay, (1 + self.k) / (10 + self.k))
+        for mean, new in zip(self.model.parameters(), model.parameters()):
+            mean.lerp_(new, 1 - keep)
+
+
+def draw_t(count, T):
+    """t (count,) in {1..T} from Beta(1.5, 2.3), not uniform: L_simple weighted towards the middle.
+
+    Near T there is nothing to see and near 1 nothing to decide; strokes are decided in between."""
+    u = torch.distributions.Beta(1.5, 2.3).sample((count,))
+    return (u * T).long().clamp(max=T - 1) + 1
+
+
+def scale(images):
+    """uint8 (B, 28, 28) -> (B, 1, 28, 28) in [-1, 1], the range that noise N(0, I) goes with."""
+    return images[:, None].float() / 127.5 - 1
+
+
+def train(run, diffusion, model, images, test_images):
+    """Trains on uint8 (N, 28, 28). Returns the averaged model, and samples from along the way."""
+    c, ema, snapshots = run.config, EMA(model), []
+    optimizer = torch.optim.AdamW(model.parameters(), c.lr, betas=(0.9, 0.99))
+    noise, began = torch.randn(10, 1, 28, 28, device=run.device), time.time()
+    test_x0 = scale(test_images[:1000])
+    test_t = torch.arange(len(test_x0)) * c.T // len(test_x0) + 1  # every t alike
+    test_noise = torch.randn_like(test_x0)
+
+    def report():
+        with torch.no_grad():
+            losses = diffusion.simple_loss(ema.model, test_x0, test_t, test_noise)
+        digits = diffusion.sample(ema.model, noise, min(c.steps, 50), "ddim")
+        snapshots.append((run.step * c.batch_size, time.time() - began, digits))
+        return dict(test=losses.mean().item())
+
+    for index in run.batches(len(images), report, per_epoch=4):
+        x0, t = scale(images[index]), draw_t(len(index), c.T)
+        with torch.autocast("cuda", torch.bfloat16, enabled=run.device.type == "cuda"):
+            loss = diffusion.simple_loss(model, x0, t, torch.randn_like(x0)).mean()
+        run.log(loss=loss)
+        warm, done = min(1, (run.step + 1) / 100), run.step / run.steps
+        optimizer.param_groups[0]["lr"] = c.lr * warm * (1 + math.cos(math.pi * done)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update(model)
+    return ema.model, snapshots
+
+
+# ---- Figures -------------------------------------------------------------------------------------
+
+
+def tile(images, columns):
+    """(N, 1, 28, 28) in [-1, 1] -> one picture in [0, 1] with `columns` images a row."""
+    images = F.pad((images[:, 0].cpu().clamp(-1, 1) + 1) / 2, (1, 1, 1, 1), value=0.5)
+    images = images[:len(images) // columns * columns].view(-1, columns, 30, 30)
+    return images.transpose(1, 2).reshape(-1, 30 * columns)
+
+
+def panel(axes, picture, xlabel="", ylabel="", xticks=(), yticks=()):
+    """A tiled picture; xticks and yticks label its columns and rows (30 pixels each)."""
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_xticks([30 * i + 15 for i in range(len(xticks))], xticks)
+    axes.set_yticks([30 * i + 15 for i in range(len(yticks))], yticks)
+    axes.tick_params(length=0)
+
+
+def draw_chain(run, diffusion, image):
+    """What the forward chain does to one digit, and the schedule behind it."""
+    T = diffusion.T
+    x, chain, shown = scale(image[None]), [], {round(T * k / 10) for k in range(11)}
+    for t in range(T + 1):
+        x = diffusion.q_step(x, torch.tensor([t]), torch.randn_like(x)) if t else x
+        chain += [x] if t in shown else []
+    figure = Figure(figsize=(9, 1.6), layout="constrained")
+    panel(figure.subplots(), tile(torch.cat(chain), 11), "t", xticks=sorted(shown))
+    run.figure("chain", f"Forward: {T} small steps turn a digit into noise (text §8.2)", figure)
+    bar = diffusion.alpha_bars
+    left, right = (figure := Figure(figsize=(9, 3.5), layout="constrained")).subplots(1, 2)
+    left.plot(bar.sqrt(), label="√ᾱ_t: what is left of x_0")
+    left.plot((1 - bar).sqrt(), "--", label="√(1-ᾱ_t): the noise")
+    left.set(xlabel="t", ylabel="factor")
+    left.legend()
+    right.semilogy(range(1, T + 1), (bar / (1 - bar))[1:])
+    right.axhline(1, color="gray", lw=0.8)
+    right.set(xlabel="t", ylabel="signal-to-noise ratio ᾱ_t / (1-ᾱ_t)")
+    run.figure("schedule", f"ᾱ_0 = 1, ᾱ_{T} = {bar[-1]:.1e}: nothing is left of the image", figure)
+
+
+@torch.no_grad()
+def draw_loss(run, diffusion, model, test_images):
+    """The loss over training and by t, and the weight that L_simple drops (ex. 5.6)."""
+    T, x0 = diffusion.T, scale(test_images[:1000])
+    t = torch.arange(len(x0)) * T // len(x0) + 1
+    losses = diffusion.simple_loss(model, x0, t, torch.randn_like(x0)).cpu()
+    one, two, three = (figure := Figure(figsize=(12, 3.5), layout="constrained")).subplots(1, 3)
+    for name, style in (("loss", "-"), ("test", "o-")):
+        one.semilogy(*zip(*[(row["epoch"], row[name]) for row in run.history]), style, label=name)
+    one.set(xlabel="epoch", ylabel="L_simple (always answering 0: 1)")
+    one.legend()
+    bins = len(t) // 20 * 20
+    two.loglog(*(v[:bins].view(20, -1).float().mean(1) for v in (t, losses)), "o-")
+    two.set(xlabel="t", ylabel="L_simple on test images")
+    t = torch.arange(1, T + 1)
+    three.loglog(t, diffusion.dropped_weight(t))
+    three.set(xlabel="t", ylabel="dropped weight β_t² / (2 σ_t² α_t (1-ᾱ_t))")
+    run.figure("loss", "Noise is hardest to tell at small t, where L_simple drops the most", figure)
+    return losses.mean().item()
+
+
+def draw_bound(run, L_T, terms, near):
+    """The terms of the bound by t, mean over images, and what they add up to."""
+    mean, axes = terms.mean(0).cpu(), (figure := Figure((8, 3.5), layout="constrained")).subplots()
+    axes.loglog(range(2, len(mean) + 1), mean[1:], label="L_{t-1}, t = 2..T")
+    axes.plot(1, mean[0], "o", label=f"L_0 = {mean[0]:.3f} (ex. 5.5: {near.mean():.3f})")
+    axes.plot(len(mean), L_T.mean().cpu(), "s", label=f"L_T = {L_T.mean():.1e}")
+    axes.set(xlabel="t", ylabel="bits/dim")
+    axes.legend()
+    total = (L_T + terms.sum(1)).mean().item()
+    run.figure("bound", f"The bound: {total:.2f} bits/dim (8 without a model)", figure)
+    return total
+
+
+def draw_samples(run, diffusion, model, snapshots):
+    """Samples over training, the reverse chain and its x̂_0, one noise under 5 to T steps."""
+    c = run.config
+    if snapshots:
+        figure = Figure((7, 0.6 * len(snapshots) + 0.6), layout="constrained")
+        labels = [f"{n:,} ({s / 60:.1f} min)" for n, s, _ in snapshots]
+        panel(figure.subplots(), tile(torch.cat([x for *_, x in snapshots]), 10), "ten fixed x_T",
+              "training images seen", yticks=labels)
+        run.figure("training", "From one noise, digits appear as the network learns", figure)
+
+    noise, films, T = torch.randn(3, 1, 28, 28, device=run.device), [], diffusion.T
+    diffusion.sample(model, noise, T, "ddpm", watch=lambda t, x, x0: films.append((t, x, x0)))
+    films = films[::max(len(films) // 10, 1)] + films[-1:]
+    figure = Figure((9, 5), layout="constrained")
+    rows = [frame[i][j:j + 1] for j in range(3) for i in (1, 2) for frame in films]
+    panel(figure.subplots(), tile(torch.cat(rows), len(films)), "t", xticks=[f[0] for f in films],
+          yticks=["x_t", "x̂_0"] * 3)
+    run.figure("reverse", "Backward: the guess x̂_0 is blurred first and then decides", figure)
+
+    counts = [n for n in (5, 10, 25, 50) if n < T] + [T]
+    noise = torch.randn(10, 1, 28, 28, device=run.device)
+    rows = [diffusion.sample(model, noise, n, "ddim", eta=0) for n in counts]
+    figure = Figure((7, 4), layout="constrained")
+    panel(figure.subplots(), tile(torch.cat(rows), 10), "ten fixed x_T", "steps", yticks=counts)
+    run.figure("steps", "DDIM without noise (η = 0): few steps already find the digit", figure)
+
+    samples = [diffusion.sample(model, torch.randn(len(n), 1, 28, 28, device=run.device), c.steps,
+                                c.sampler, eta=c.eta) for n in torch.arange(c.samples).split(250)]
+    if samples:
+        figure = Figure((6, 6.4), layout="constrained")
+        panel(figure.subplots(), tile(torch.cat(samples)[:100], min(c.samples, 10)))
+        run.figure("samples", f"Samples ({c.sampler}, {c.steps} steps)", figure)
+        run.samples(torch.cat(samples))
+
+
+# ---- Plumbing: the same in every file ------------------------------------------------------------
+
+import argparse, gzip, hashlib, io, json, os, re, shutil, signal  # noqa: E401
+import sys, tempfile, time, urllib.request  # noqa: E401
+from pathlib import Path
+
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+           "https://storage.googleapis.com/cvdf-datasets/mnist/")
+MNIST = {  # file name: SHA-256 of its unzipped content
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
+FACES = ("DejaVu Sans", "DejaVu Sans:bold", "DejaVu Sans:oblique", "DejaVu Serif", "cmr10",
+         "DejaVu Serif:italic", "DejaVu Sans Mono", "STIXGeneral", "STIXGeneral:italic", "cmss10")
+
+def parse(argv=None):
+    """Flags from Config: a field's comment is its help, a bracket at the end what is allowed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda what: parser.exit(2, f"{parser.prog}: {what} (--help lists the flags)\n")
+    source = Path(__file__).read_text(encoding="utf-8").split("class Config:")[1]
+    rules = re.findall(r"^    (\w+): \w+ = .*?  # (.*?(?:\[(.*)\])?)$", source, re.M)
+    for name, text, _ in rules:
+        kind, default = Config.__annotations__[name], getattr(Config, name)
+        how = dict(action="store_true") if kind is bool else dict(type=kind, metavar=kind.__name__)
+        text = text.replace("%", "%%") + f" (default {default})" * (default not in ("", False))
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
+    parser.set_defaults(**QUICK if "--quick" in (sys.argv if argv is None else argv) else {})
+    config = Config(**vars(parser.parse_args(argv)))
+    for name, _, allowed in rules:
+        value, (low, dots, high) = getattr(config, name), allowed.partition("..")
+        if allowed and not (float(low) <= value <= float(high or "inf") if dots
+                            else value in allowed.split("|")):
+            parser.error(f"--{name.replace('_', '-')} {value} is not in [{allowed}]")
+    return config
+
+def whole(path, write):
+    """Lets `write(file)` finish in memory, then moves a file into place: all of it or nothing."""
+    write(memory := io.BytesIO())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(memory.getvalue())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+def download(path, digest):
+    """Fetches a gzipped file to `path`. Raises ConnectionError when no mirror has it right."""
+    for mirror in MIRRORS:
+        try:
+            print(f"downloading {mirror}{path.name}", flush=True)
+            raw = urllib.request.urlopen(mirror + path.name, timeout=10).read()
+            if hashlib.sha256(gzip.decompress(raw)).hexdigest() != digest:
+                raise ValueError("its content is not MNIST")
+        except Exception as fault:  # whatever it was, the next mirror may do better
+            reason = fault
+        else:
+            return whole(path, lambda file: file.write(raw))
+    raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
+
+def load_mnist(folder):
+    """Train images, train labels, test images, test labels: uint8 (N, 28, 28) and int64 (N,).
+    IDX files in `folder`, gzipped or not, are taken as they are, missing ones downloaded. Raises
+    SystemExit naming a malformed file, ConnectionError where a download fails."""
+    arrays = []
+    for name, digest in MNIST.items():
+        path = Path(folder, name) if Path(folder, name).exists() else Path(folder, name + ".gz")
+        if not path.exists():
+            download(path, digest)
+        raw, rank = path.read_bytes(), 3 if "images" in name else 1
+        try:
+            raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+            magic, *shape = np.frombuffer(raw[:4 + 4 * rank], ">i4").tolist()
+            array = torch.tensor(np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)).view(shape)
+            if magic != 2048 + rank or not (shape[1:] == [28, 28] if rank == 3 else
+                                            shape == [len(arrays[-1])] and array.max() < 10):
+                raise ValueError
+        except Exception:  # gzip, numpy and torch each raise their own
+            raise SystemExit(f"{path} is cut short or not an IDX file of 28x28 images or their "
+                             "labels: replace it, or delete it to have it downloaded") from None
+        arrays.append(array if rank == 3 else array.long())
+    return arrays
+
+def draw_characters(count, seed, characters="0123456789"):
+    """Characters of matplotlib's fonts, each turned, slanted, scaled, moved, thickened at random.
+    Returns uint8 images (N, 28, 28), white on black, and labels (N,), places in `characters`."""
+    rows, columns, random = len(FACES), len(characters), torch.Generator().manual_seed(seed)
+    sheet = FigureCanvasAgg(Figure((columns, rows), dpi=64))  # 64x64 pixels a character
+    for i, (face, character) in enumerate((f, c) for f in FACES for c in characters):
+        x, y = (i % columns + 0.5) / columns, 1 - (i // columns + 0.5) / rows
+        sheet.figure.text(x, y, character, font=face, size=60, ha="center", va="center")
+    sheet.draw()
+    ink = 1 - torch.tensor(np.asarray(sheet.buffer_rgba())[..., 0]) / 255  # (64 rows, 64 columns)
+    ink = F.avg_pool2d(ink.view(rows, 64, columns, 64).transpose(1, 2), 5, 1, 2)  # (.., 64, 64)
+    face, label = (torch.randint(n, (count,), generator=random) for n in (rows, columns))
+    angle, slant, size, right, down, edge = torch.tensor([.5, .6, .3, .2, .2, .2])[:, None] * (
+        torch.rand(6, count, generator=random) - 0.5)
+    cos, sin = (1 + size) * angle.cos(), (1 + size) * angle.sin()
+    affine = torch.stack([cos, slant * cos - sin, right, sin, slant * sin + cos, down], 1)
+    images = []
+    for i in torch.arange(count).split(1000):
+        grid = F.affine_grid(affine[i].view(-1, 2, 3), (len(i), 1, 28, 28), align_corners=False)
+        soft = F.grid_sample(ink[face[i], label[i]][:, None], grid, align_corners=False)[:, 0]
+        images.append(((soft - 0.2 - edge[i, None, None]) * 4).clamp(0, 1).mul(255).byte())
+    return torch.cat(images), label
+
+class Run:
+    """One run: device, seed, data, progress, Ctrl-C, and the files it leaves in out/<script>."""
+
+    def __init__(self, config):
+        self.config, self.settings, self.script = config, asdict(config), Path(__file__).stem
+        self.out, self.began, self.history = Path(config.out, self.script), time.time(), []
+        self.step, self.steps, self.rate, self.stopped = 0, 0, 0.0, False
+        has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+        name = next(k for k in has if has[k]) if config.device == "auto" else config.device
+        if not has[name]:
+            print(f"--device {name}: torch finds none; auto takes what is there", file=sys.stderr)
+            raise SystemExit(2)
+        self.device = torch.device(name)
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        self.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.out).close()  # fails now, not after the training
+
+    def data(self):
+        """`load_mnist` on the device, cut to `train_size`; drawn digits where it cannot be had."""
+        size, beside = self.config.train_size or 60000, Path(__file__).parent / "data" / "mnist"
+        folder = Path(self.config.data or os.environ.get("MNIST_DIR") or beside)
+        arrays, self.dataset = [], "drawn digits"
+        try:
+            if self.config.data != "drawn":
+                arrays, self.dataset = load_mnist(folder), folder.resolve().name
+        except ConnectionError as fault:
+            print(f"{fault}, and {folder} does not have it.\n"
+                  "Going on with digits drawn from matplotlib's fonts, as --data drawn does.")
+        arrays = arrays or [*draw_characters(size, 0), *draw_characters(min(size, 10000), 1)]
+        return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
+
+    def batches(self, count, report=dict, per_epoch=1):
+        """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
+        `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
+        to the history. Raises SystemExit when a logged term is not finite."""
+        def interrupt(*_):
+            self.stopped = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nCtrl-C: training ends, evaluating and saving (again: stops at once)\n")
+        signal.signal(signal.SIGINT, interrupt)
+        size, past = min(self.config.batch_size, count), len(self.history) / per_epoch
+        steps, clock, shown, tty = count // size, time.time(), 0, sys.stdout.isatty()
+        self.steps, self.sums, self.logged = steps * self.config.epochs, {}, 0
+        while self.step < self.steps and not self.stopped:
+            start = self.step % steps * size
+            order = order if start else torch.randperm(count).to(self.device)
+            yield order[start:start + size]
+            self.step, epoch = self.step + 1, past + (self.step + 1) / steps
+            due = self.step * per_epoch % steps < per_epoch or self.stopped
+            if due or tty and time.time() - shown > 0.5:
+                row = {k: float(v) / self.logged for k, v in self.sums.items()}
+                if not all(map(math.isfinite, row.values())):
+                    raise SystemExit(f"The loss is not finite after {self.step} steps; try a lower "
+                                     f"--lr than {self.config.lr:g}. Nothing was overwritten.")
+                shown = time.time()
+                self.rate = self.step * size / (shown - clock)
+                if due:
+                    row.update(report())
+                    self.history.append(dict(epoch=epoch, **row))
+                    self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
+                left = (self.steps - self.step) * size / self.rate
+                text = f"epoch {epoch:.2f}" + "".join(f"  {k} {v:.4f}" for k, v in row.items())
+                text += f"  {self.rate:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left"
+                width = shutil.get_terminal_size().columns - 1
+                print(f"\r{text[:width]:{width}}" if tty else text, end="\n" * due, flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def log(self, **terms):
+        """Adds one step's loss terms (tensors without axes) to the means of this epoch."""
+        self.sums = {k: self.sums.get(k, 0) + v.detach() for k, v in terms.items()}
+        self.logged += 1
+
+    def figure(self, name, title, figure):
+        """Saves `name`.png under a title that says what is to be seen."""
+        figure.suptitle(title + " (drawn digits)" * (self.dataset == "drawn digits"))
+        whole(self.out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=100))
+
+    def samples(self, images, **labels):
+        """samples.npz: images (N, 1, 28, 28) in [-1, 1] as uint8 (N, 28, 28), and any labels."""
+        images = ((images[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte()
+        arrays = {k: v.cpu().numpy() for k, v in dict(images=images, **labels).items()}
+        whole(self.out / "samples.npz", lambda file: np.savez_compressed(file, **arrays))
+
+    def save(self, model):
+        """model.pt: settings, history, weights. A run that trained nothing leaves it as it is."""
+        kept = dict(script=self.script, settings=self.settings, history=self.history,
+                    state_dict={k: v.detach().cpu() for k, v in model.state_dict().items()})
+        if self.step:
+            whole(self.out / "model.pt", lambda file: torch.save(kept, file))
+
+    def load(self, model):
+        """Takes weights and history from --load. Raises SystemExit that says what does not fit."""
+        here = dict(script=self.script, **{k: self.settings[k] for k in SHAPES})
+        try:
+            kept = torch.load(self.config.load, map_location="cpu", weights_only=True)
+            there = dict(script=kept["script"], **kept["settings"])
+            odd = [f"its {k} is {there.get(k)}, not {v}" for k, v in here.items()
+                   if there.get(k) != v]
+            odd or model.load_state_dict(kept["state_dict"])
+            self.history = kept["history"]
+        except Exception as fault:  # torch, pickle and zip each raise their own
+            missing = isinstance(fault, OSError) and fault.filename
+            odd = [fault.strerror if missing else "it is no whole checkpoint"]
+        if odd:
+            raise SystemExit(f"--load {self.config.load} cannot be used: {', '.join(odd)}")
+
+    def finish(self, **results):
+        """metrics.json and a last line. Returns the exit code: 130 after Ctrl-C, else 0."""
+        kept = dict(script=self.script, data=self.dataset, device=str(self.device), results=results,
+                    torch=torch.__version__, seconds=time.time() - self.began, history=self.history,
+                    images_per_second=self.rate, interrupted=self.stopped, settings=self.settings)
+        text = json.dumps(kept, indent=1).encode()
+        whole(self.out / "metrics.json", lambda file: file.write(text))
+        print(f"{kept['seconds'] / 60:.1f} minutes; pictures and files are in {self.out}")
+        return 130 if self.stopped else 0
+
+def launch(main):
+    """Runs main; a foreseeable fault becomes a sentence and an exit code, never a traceback."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        code, what = 130, "stopped; what was saved before is as it was"
+    except torch.cuda.OutOfMemoryError:
+        code, what = 1, "the device is out of memory; try a smaller --batch-size"
+    except OSError as fault:
+        code, what = 1, f"{fault.filename or 'a file'}: {fault.strerror or fault}"
+    print(f"{Path(__file__).name}: {what}", file=sys.stderr)
+    sys.exit(code)
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    config = parse(argv)
+    run = Run(config)
+    images, _, test_images, _ = run.data()
+    diffusion = Diffusion(config.T, 0.1 / config.T, 20 / config.T)  # the book's β at T = 1000
+    model = UNet(diffusion.alpha_bars, config.width).to(run.device)
+    if config.load:
+        run.load(model)
+    draw_chain(run, diffusion, test_images[0].cpu())
+    model, snapshots = train(run, diffusion, model, images, test_images)
+    run.save(model)
+    loss = draw_loss(run, diffusion, model, test_images)
+    bound = draw_bound(run, *diffusion.vlb(model, scale(test_images[:config.bound_images])))
+    draw_samples(run, diffusion, model, snapshots)
+    return run.finish(test_loss=loss, test_loss_chance=1.0, bound_bits_per_dim=bound)
+
+
+if __name__ == "__main__":
+    launch(main)
