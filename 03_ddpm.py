@@ -1,19 +1,31 @@
-"""Denoising diffusion, from the forward chain to digits (DDPM, arXiv:2006.11239; DDIM, 2010.02502).
+"""Denoising diffusion (DDPM, arXiv:2006.11239): noise an image step by step, learn the way back.
 
-A chain without parameters turns an image x_0 into noise, t = 1..T; a network learns to go back.
+A chain without parameters turns an image x_0 into noise x_T; a network learns to undo each step.
 
-    q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)                           forward step, text §8.2
-    q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I),  ᾱ_t = Π_{s≤t} (1-β_s)       closed form, text §8.4
-    q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I)                                  its posterior, eq. 5.28
-    p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), σ_t² I),  σ_t² = β_t or β̃_t         what is learned
-    -log p_θ(x_0) ≤ L_T + Σ_{t=2..T} L_{t-1} + L_0                         the bound, eq. 5.27
-    L_{t-1} = E ‖μ̃_t - μ_θ‖² / 2σ_t² + const = w_t E ‖ε - ε_θ(x_t, t)‖² + const   ex. 5.4, 5.6
-    L_simple = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖²                       w_t dropped, eq. 5.36
+    q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)                       one step, text §8.2
+    q(x_t | x_0) = N(√ᾱ_t x_0, (1-ᾱ_t) I),  ᾱ_t = Π_{s≤t} (1-β_s)       t steps at once, text §8.4
+    q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I)                             the true way back, eq. 5.28
+    p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), σ_t² I)                         the learned one, text §8.2
+    -log p_θ(x_0) ≤ L_T + Σ_{t=2..T} L_{t-1} + L_0                      the bound, eq. 5.27
+    L_{t-1} = E ‖μ̃_t - μ_θ‖² / 2σ_t² + const                            ex. 5.4
+            = w_t E ‖ε - ε_θ(x_t, t)‖² + const                          w_t: ex. 5.6
+    L_simple = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖²                   without w_t, eq. 5.36
 
-Everywhere t runs from 1 to T and ᾱ_0 = 1. Pixels are in [-1, 1], the bound is in bits/dim.
-Equations 5.x and exercises (ex.) are those of the book's chapter 5, sections § of the text.
+Everywhere t runs from 1 to T and ᾱ_0 = 1; pixels are in [-1, 1]. Equations 5.x and exercises (ex.)
+are those of the book's chapter 5, sections (§) those of the text on diffusion theory.
 
-Run:     python 03_ddpm.py                                        (--help lists the settings)
+Run     python 03_ddpm.py    (--quick: the whole path in seconds; --help: every setting)
+Expect  on two CPU cores digits after 1 minute, the end after 13; pictures in out/03_ddpm. L_simple
+        on test images falls to 0.023 (always answering 0 scores 1), the bound to 2.2 bits/dim.
+        1,000 samples, judged by a classifier that is right on 99.7% of real test images:
+                                       > 95% sure    rarest class    Fréchet distance
+        this file, 50 steps                86%            8%                48
+        the same with --eta 0              73%            8%               118
+        book's VAE (02 in the text)         -%            -%                 -
+        real test images                   98%            8%                12
+        The book's network and loop take 16 minutes for one of their ten epochs on that machine.
+Try     --eta 0, 1, 3 or --sampler ddpm --steps 1000 on saved weights (--epochs 0 --load
+        out/03_ddpm/model.pt); t drawn uniformly in `draw_t`; a plain ε as `UNet`'s last line.
 """
 
 import copy
@@ -30,28 +42,28 @@ from torch import nn
 
 @dataclass
 class Config:
-    """Settings; each is a flag, `python 03_ddpm.py --help` lists them."""
-    data: str = ""  # folder of the four MNIST files, or "drawn" (else $MNIST_DIR, else data/mnist)
+    """Settings. Each is a flag; its comment is the help, a bracket at the end what is allowed."""
+    data: str = ""  # folder of the four MNIST files, or "drawn"; else $MNIST_DIR, else data/mnist
     out: str = "out"  # folder for pictures, metrics, weights and samples
     device: str = "auto"  # where to compute [auto|cuda|mps|cpu]
     seed: int = 0  # of weights, noise and order [0..]
-    epochs: int = 3  # passes over the training images [0..]
-    batch_size: int = 128  # images a step [1..]
-    lr: float = 2e-3  # highest learning rate, after warm-up, before the cosine decay [0..1]
+    epochs: int = 4  # passes over the training images [0..]
+    batch_size: int = 32  # images a step; many small steps beat few large ones here [1..]
+    lr: float = 2e-3  # learning rate after 100 steps of warm-up, then a cosine down to 0 [0..1]
     train_size: int = 0  # training images to use, 0 for all [0..]
     load: str = ""  # start from this model.pt; with --epochs 0 only evaluate, draw and sample
     quick: bool = False  # the whole path in seconds, on a few hundred images
-    T: int = 1000  # steps of the chain [2..]
-    width: int = 16  # channels at 28x28; twice at 14x14, four times at 7x7 [8..]
-    samples: int = 100  # images to generate for samples.npz [0..]
-    steps: int = 50  # network calls a sample; fewer than T skip through the chain [1..]
-    sampler: str = "ddim"  # ddim (eq. 12 of its paper) or ddpm, the chain of the text [ddim|ddpm]
-    eta: float = 1.0  # noise of ddim: 0 none, 1 as much as ddpm with σ² = β̃ [0..1]
+    T: int = 1000  # steps of the chain [25..]
+    width: int = 16  # channels at 28x28, twice that at 14x14, four times at 7x7 [8..]
+    samples: int = 100  # images for samples.npz [0..]
+    steps: int = 50  # network calls a sample; fewer than T skip along the chain [1..]
+    sampler: str = "ddim"  # ddpm is the chain of the text, ddim skips better [ddpm|ddim]
+    eta: float = 1.7  # fresh noise of ddim: 0 none, 1 as ddpm; more lets it mend its errors [0..]
     bound_images: int = 16  # test images on which all T terms of the bound are computed [1..]
 
 
-QUICK = dict(train_size=512, epochs=1, batch_size=32, T=100, samples=16, steps=10, bound_images=2)
-SHAPES = ("T", "width")  # the settings that a checkpoint must share
+QUICK = dict(train_size=512, epochs=1, T=100, samples=16, steps=10, bound_images=2)
+SHAPES = ("T", "width")  # the settings that a checkpoint has to share
 
 
 # ---- The forward chain, its posterior, and the bound ---------------------------------------------
@@ -80,8 +92,9 @@ class Diffusion:
         bar_t, bar_s = self.alpha_bars[t.cpu()], self.alpha_bars[(t - 1 if s is None else s).cpu()]
         return bar_t, bar_s, bar_t / bar_s
 
-    def q_step(self, x, t, noise):
+    def q_step(self, x, t, noise=None):
         """One step x_{t-1} -> x_t of the chain (text §8.2.1); t (B,)."""
+        noise = torch.randn_like(x) if noise is None else noise
         beta = self.like(self.betas[t.cpu()], x)
         return (1 - beta).sqrt() * x + beta.sqrt() * noise
 
@@ -153,10 +166,10 @@ class Diffusion:
     def sample(self, model, x, steps=None, sampler="ddpm", sigma="beta", eta=1.0, watch=None):
         """From noise x = x_T (B, ...) back to x_0 (B, ...) in `steps` network calls (T by default).
 
-        "ddpm" draws from p_θ(x_s | x_t). "ddim" adds η of that noise and keeps as much of the noise
+        "ddpm" draws from p_θ(x_s | x_t). "ddim" draws η of that noise and fills up with the noise
         it sees in x_t (arXiv:2010.02502 eq. 12, 16); with η = 1 it is "ddpm" with σ² = β̃. The last
-        step adds none. `watch(t, x_t, x̂_0)` sees every step."""
-        times = torch.linspace(self.T, 0, (steps or self.T) + 1).round().long()
+        step draws none. `watch(t, x_t, x̂_0)` sees every step."""
+        times = torch.linspace(self.T, 0, min(steps or self.T, self.T) + 1).round().long()
         for t, s in zip(times[:-1].tolist(), times[1:].tolist()):
             t, s = torch.full((len(x),), t), torch.full((len(x),), s)
             mean, variance, x0 = self.p_mean_variance(model, x, t, s, sigma)
@@ -164,10 +177,10 @@ class Diffusion:
                 watch(t[0].item(), x, x0)
             if sampler == "ddim":
                 bar_t, bar_s, _ = self.pair(t, s)
-                variance = eta ** 2 * self.q_posterior(x0, x, t, s)[1]  # eq. 16
+                room = self.like(1 - bar_s, x)  # all the noise there may be in x_s
+                variance = (eta ** 2 * self.q_posterior(x0, x, t, s)[1]).minimum(room)  # eq. 16
                 eps = (x - self.like(bar_t.sqrt(), x) * x0) / self.like((1 - bar_t).sqrt(), x)
-                mean = self.like(bar_s.sqrt(), x) * x0  # eq. 12
-                mean = mean + (self.like(1 - bar_s, x) - variance).clamp(min=0).sqrt() * eps
+                mean = self.like(bar_s.sqrt(), x) * x0 + (room - variance).sqrt() * eps  # eq. 12
             x = mean + variance.sqrt() * torch.randn_like(x) if s[0] > 0 else mean
         return x
 
@@ -235,10 +248,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels_in, channels, time_dim):
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, channels_in)
+        self.norm1 = nn.GroupNorm(channels_in // 8, channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * channels)
-        self.norm2 = nn.GroupNorm(8, channels, affine=False)  # the time gives scale and shift
+        self.norm2 = nn.GroupNorm(channels // 8, channels, affine=False)  # the time does that
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)  # starts as the identity
         same = channels_in == channels
@@ -255,7 +268,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels, heads=4):
         super().__init__()
-        self.heads, self.norm = heads, nn.GroupNorm(8, channels)
+        self.heads, self.norm = heads, nn.GroupNorm(channels // 8, channels)
         self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
@@ -283,10 +296,10 @@ class UNet(nn.Module):
         self.shrink = nn.ModuleList(
             nn.Conv2d(c, 2 * c, 3, stride=2, padding=1) for c in channels[:-1])
         self.attention = SelfAttention(channels[-1])
-        self.middle = ResidualBlock(channels[-1], channels[-1], time)
+        self.middle = nn.ModuleList(ResidualBlock(4 * width, 4 * width, time) for _ in range(2))
         self.up = nn.ModuleList(ResidualBlock(2 * c, c, time) for c in channels)
         self.grow = nn.ModuleList(nn.Conv2d(2 * c, c, 1) for c in channels[:-1])
-        self.norm, self.outlet = nn.GroupNorm(8, width), nn.Conv2d(width, 1, 3, padding=1)
+        self.norm, self.outlet = nn.GroupNorm(width // 8, width), nn.Conv2d(width, 1, 3, padding=1)
         nn.init.zeros_(self.outlet.weight)
         nn.init.zeros_(self.outlet.bias)
 
@@ -297,10 +310,10 @@ class UNet(nn.Module):
             h = self.down[i](h, time)
             skips.append(h)
             h = self.shrink[i](h) if i < 2 else h  # -> (B, 2W, 14, 14) -> (B, 4W, 7, 7)
-        h = self.middle(self.attention(h), time)
+        h = self.middle[1](self.middle[0](self.attention(h), time), time)
         for i in (2, 1, 0):
             h = self.up[i](torch.cat([h, skips[i]], 1), time)
-            h = self.grow[i - 1](F.interpolate(h, scale_factor=2)) if i else h
+            h = F.interpolate(self.grow[i - 1](h), scale_factor=2) if i else h
         out = self.outlet(F.silu(self.norm(h)))  # -> (B, 1, 28, 28)
         bar = self.alpha_bars[t].view(-1, 1, 1, 1)
         return (1 - bar).sqrt() * x + bar.sqrt() * out.float()
@@ -325,9 +338,9 @@ class EMA:
 
 
 def draw_t(count, T):
-    """t (count,) in {1..T} from Beta(1.5, 2.3), not uniform: L_simple weighted towards the middle.
+    """t (count,) in {1..T} from Beta(1.5, 2.3) instead of uniformly: L_simple, weighted again.
 
-    Near T there is nothing to see and near 1 nothing to decide; strokes are decided in between."""
+    Near T nothing can be seen and near 1 nothing is left to decide: strokes form in between."""
     u = torch.distributions.Beta(1.5, 2.3).sample((count,))
     return (u * T).long().clamp(max=T - 1) + 1
 
@@ -340,9 +353,9 @@ def scale(images):
 def train(run, diffusion, model, images, test_images):
     """Trains on uint8 (N, 28, 28). Returns the averaged model, and samples from along the way."""
     c, ema, snapshots = run.config, EMA(model), []
-    optimizer = torch.optim.AdamW(model.parameters(), c.lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), c.lr, betas=(0.9, 0.99), weight_decay=0)
     noise, began = torch.randn(10, 1, 28, 28, device=run.device), time.time()
-    test_x0 = scale(test_images[:1000])
+    test_x0 = scale(test_images[:500])
     test_t = torch.arange(len(test_x0)) * c.T // len(test_x0) + 1  # every t alike
     test_noise = torch.randn_like(test_x0)
 
@@ -350,14 +363,15 @@ def train(run, diffusion, model, images, test_images):
         with torch.no_grad():
             losses = diffusion.simple_loss(ema.model, test_x0, test_t, test_noise)
         digits = diffusion.sample(ema.model, noise, min(c.steps, 50), "ddim")
-        snapshots.append((run.step * c.batch_size, time.time() - began, digits))
+        snapshots.append((run.step * c.batch_size, (time.time() - began) / 60, digits))
         return dict(test=losses.mean().item())
 
     for index in run.batches(len(images), report, per_epoch=4):
         x0, t = scale(images[index]), draw_t(len(index), c.T)
         with torch.autocast("cuda", torch.bfloat16, enabled=run.device.type == "cuda"):
-            loss = diffusion.simple_loss(model, x0, t, torch.randn_like(x0)).mean()
-        run.log(loss=loss)
+            simple = diffusion.simple_loss(model, x0, t, torch.randn_like(x0))
+        loss = (simple / diffusion.alpha_bars[t].to(simple)).mean()  # the squared error of v
+        run.log(loss=loss, simple=simple.mean())
         warm, done = min(1, (run.step + 1) / 100), run.step / run.steps
         optimizer.param_groups[0]["lr"] = c.lr * warm * (1 + math.cos(math.pi * done)) / 2
         optimizer.zero_grad()
@@ -371,36 +385,18 @@ def train(run, diffusion, model, images, test_images):
 # ---- Figures -------------------------------------------------------------------------------------
 
 
-def tile(images, columns):
-    """(N, 1, 28, 28) in [-1, 1] -> one picture in [0, 1] with `columns` images a row."""
-    images = F.pad((images[:, 0].cpu().clamp(-1, 1) + 1) / 2, (1, 1, 1, 1), value=0.5)
-    images = images[:len(images) // columns * columns].view(-1, columns, 30, 30)
-    return images.transpose(1, 2).reshape(-1, 30 * columns)
-
-
-def panel(axes, picture, xlabel="", ylabel="", xticks=(), yticks=()):
-    """A tiled picture; xticks and yticks label its columns and rows (30 pixels each)."""
-    axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_xticks([30 * i + 15 for i in range(len(xticks))], xticks)
-    axes.set_yticks([30 * i + 15 for i in range(len(yticks))], yticks)
-    axes.tick_params(length=0)
-
-
 def draw_chain(run, diffusion, image):
-    """What the forward chain does to one digit, and the schedule behind it."""
-    T = diffusion.T
-    x, chain, shown = scale(image[None]), [], {round(T * k / 10) for k in range(11)}
-    for t in range(T + 1):
-        x = diffusion.q_step(x, torch.tensor([t]), torch.randn_like(x)) if t else x
+    """What the chain does to one uint8 image (28, 28), and the schedule behind it."""
+    x, T, bar = scale(image[None]), diffusion.T, diffusion.alpha_bars
+    chain, shown = [x], [round(T * k / 10) for k in range(11)]
+    for t in range(1, T + 1):
+        x = diffusion.q_step(x, torch.tensor([t]))
         chain += [x] if t in shown else []
-    figure = Figure(figsize=(9, 1.6), layout="constrained")
-    panel(figure.subplots(), tile(torch.cat(chain), 11), "t", xticks=sorted(shown))
-    run.figure("chain", f"Forward: {T} small steps turn a digit into noise (text §8.2)", figure)
-    bar = diffusion.alpha_bars
-    left, right = (figure := Figure(figsize=(9, 3.5), layout="constrained")).subplots(1, 2)
-    left.plot(bar.sqrt(), label="√ᾱ_t: what is left of x_0")
-    left.plot((1 - bar).sqrt(), "--", label="√(1-ᾱ_t): the noise")
+    run.grid("chain", f"{T} small steps turn a digit into noise (text §8.2)", torch.cat(chain), 11,
+             (9, 1.5), "t", xticks=shown)
+    left, right = (figure := Figure((9, 3.5), layout="constrained")).subplots(1, 2)
+    left.plot(bar.sqrt(), label="√ᾱ_t, what is left of x_0")
+    left.plot((1 - bar).sqrt(), "--", label="√(1-ᾱ_t), the noise")
     left.set(xlabel="t", ylabel="factor")
     left.legend()
     right.semilogy(range(1, T + 1), (bar / (1 - bar))[1:])
@@ -416,9 +412,10 @@ def draw_loss(run, diffusion, model, test_images):
     t = torch.arange(len(x0)) * T // len(x0) + 1
     losses = diffusion.simple_loss(model, x0, t, torch.randn_like(x0)).cpu()
     one, two, three = (figure := Figure(figsize=(12, 3.5), layout="constrained")).subplots(1, 3)
-    for name, style in (("loss", "-"), ("test", "o-")):
-        one.semilogy(*zip(*[(row["epoch"], row[name]) for row in run.history]), style, label=name)
-    one.set(xlabel="epoch", ylabel="L_simple (always answering 0: 1)")
+    epochs = [row["epoch"] for row in run.history]
+    for name, style, label in (("simple", "-", "training (its own t)"), ("test", "o-", "test")):
+        one.semilogy(epochs, [row[name] for row in run.history], style, label=label)
+    one.set(xlabel="epoch", ylabel="L_simple (1 without a model)")
     one.legend()
     bins = len(t) // 20 * 20
     two.loglog(*(v[:bins].view(20, -1).float().mean(1) for v in (t, losses)), "o-")
@@ -445,37 +442,29 @@ def draw_bound(run, L_T, terms, near):
 
 def draw_samples(run, diffusion, model, snapshots):
     """Samples over training, the reverse chain and its x̂_0, one noise under 5 to T steps."""
-    c = run.config
+    c, T, films = run.config, diffusion.T, []
     if snapshots:
-        figure = Figure((7, 0.6 * len(snapshots) + 0.6), layout="constrained")
-        labels = [f"{n:,} ({s / 60:.1f} min)" for n, s, _ in snapshots]
-        panel(figure.subplots(), tile(torch.cat([x for *_, x in snapshots]), 10), "ten fixed x_T",
-              "training images seen", yticks=labels)
-        run.figure("training", "From one noise, digits appear as the network learns", figure)
-
-    noise, films, T = torch.randn(3, 1, 28, 28, device=run.device), [], diffusion.T
-    diffusion.sample(model, noise, T, "ddpm", watch=lambda t, x, x0: films.append((t, x, x0)))
-    films = films[::max(len(films) // 10, 1)] + films[-1:]
-    figure = Figure((9, 5), layout="constrained")
-    rows = [frame[i][j:j + 1] for j in range(3) for i in (1, 2) for frame in films]
-    panel(figure.subplots(), tile(torch.cat(rows), len(films)), "t", xticks=[f[0] for f in films],
-          yticks=["x_t", "x̂_0"] * 3)
-    run.figure("reverse", "Backward: the guess x̂_0 is blurred first and then decides", figure)
-
-    counts = [n for n in (5, 10, 25, 50) if n < T] + [T]
+        seen = [f"{n:,} ({minutes:.1f} min)" for n, minutes, _ in snapshots]
+        run.grid("training", "From ten fixed x_T, digits appear as the network learns",
+                 torch.cat([x for *_, x in snapshots]), 10, (7, 0.6 * len(seen) + 0.6),
+                 ylabel="training images seen", yticks=seen)
     noise = torch.randn(10, 1, 28, 28, device=run.device)
-    rows = [diffusion.sample(model, noise, n, "ddim", eta=0) for n in counts]
-    figure = Figure((7, 4), layout="constrained")
-    panel(figure.subplots(), tile(torch.cat(rows), 10), "ten fixed x_T", "steps", yticks=counts)
-    run.figure("steps", "DDIM without noise (η = 0): few steps already find the digit", figure)
-
-    samples = [diffusion.sample(model, torch.randn(len(n), 1, 28, 28, device=run.device), c.steps,
-                                c.sampler, eta=c.eta) for n in torch.arange(c.samples).split(250)]
-    if samples:
-        figure = Figure((6, 6.4), layout="constrained")
-        panel(figure.subplots(), tile(torch.cat(samples)[:100], min(c.samples, 10)))
-        run.figure("samples", f"Samples ({c.sampler}, {c.steps} steps)", figure)
-        run.samples(torch.cat(samples))
+    diffusion.sample(model, noise[:3], watch=lambda t, x, x0: films.append((t, x, x0)))
+    films = [films[round(k * (T - 1) / 10)] for k in range(11)]
+    run.grid("reverse", "Backward: the guess x̂_0 begins as a blur and then decides",
+             torch.cat([film[i][j:j + 1] for j in range(3) for i in (1, 2) for film in films]), 11,
+             (9, 5.4), "t", xticks=[t for t, *_ in films], yticks=["x_t", "x̂_0"] * 3)
+    counts = [n for n in (5, 10, 25, 50) if n < T] + [T]
+    run.grid("steps", "DDIM, η = 0: ten fixed x_T and the number of steps", torch.cat(
+        [diffusion.sample(model, noise, n, "ddim", eta=0) for n in counts]), 10, (7, 4),
+        ylabel="steps", yticks=counts)
+    if c.samples:
+        images = torch.cat([diffusion.sample(model, x.to(run.device), c.steps, c.sampler, eta=c.eta)
+                            for x in torch.randn(c.samples, 1, 28, 28).split(250)])
+        shown = min(c.samples, 100) if c.samples < 10 else min(c.samples // 10 * 10, 100)
+        run.grid("samples", f"Samples ({c.sampler}, {c.steps} steps)", images[:shown],
+                 min(shown, 10), (6, 6.3))
+        run.samples(images)
 
 
 # ---- Plumbing: the same in every file ------------------------------------------------------------
@@ -505,7 +494,8 @@ def parse(argv=None):
         how = dict(action="store_true") if kind is bool else dict(type=kind, metavar=kind.__name__)
         text = text.replace("%", "%%") + f" (default {default})" * (default not in ("", False))
         parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
-    parser.set_defaults(**QUICK if "--quick" in (sys.argv if argv is None else argv) else {})
+    if "--quick" in (sys.argv if argv is None else argv):
+        parser.set_defaults(**QUICK)
     config = Config(**vars(parser.parse_args(argv)))
     for name, _, allowed in rules:
         value, (low, dots, high) = getattr(config, name), allowed.partition("..")
@@ -663,6 +653,17 @@ class Run:
         figure.suptitle(title + " (drawn digits)" * (self.dataset == "drawn digits"))
         whole(self.out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=100))
 
+    def grid(self, name, title, images, across, size, xlabel="", ylabel="", xticks=(), yticks=()):
+        """Saves images (N, 1, 28, 28) in [-1, 1] as one picture, `across` in a row."""
+        axes = (figure := Figure(size, layout="constrained")).subplots()
+        tiles = F.pad((images[:, 0].cpu().clamp(-1, 1) + 1) / 2, (1, 1, 1, 1), value=0.5)
+        tiles = tiles.view(-1, across, 30, 30).transpose(1, 2).reshape(-1, 30 * across)
+        axes.imshow(tiles, cmap="gray", vmin=0, vmax=1)  # each image 28 pixels and a gray rim
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_xticks([30 * i + 15 for i in range(len(xticks))], xticks)
+        axes.set_yticks([30 * i + 15 for i in range(len(yticks))], yticks)
+        self.figure(name, title, figure)
+
     def samples(self, images, **labels):
         """samples.npz: images (N, 1, 28, 28) in [-1, 1] as uint8 (N, 28, 28), and any labels."""
         images = ((images[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -720,8 +721,7 @@ def launch(main):
 
 
 def main(argv=None):
-    config = parse(argv)
-    run = Run(config)
+    run = Run(config := parse(argv))
     images, _, test_images, _ = run.data()
     diffusion = Diffusion(config.T, 0.1 / config.T, 20 / config.T)  # the book's β at T = 1000
     model = UNet(diffusion.alpha_bars, config.width).to(run.device)
@@ -733,6 +733,10 @@ def main(argv=None):
     loss = draw_loss(run, diffusion, model, test_images)
     bound = draw_bound(run, *diffusion.vlb(model, scale(test_images[:config.bound_images])))
     draw_samples(run, diffusion, model, snapshots)
+    r, x, z = torch.rand(3, 100, dtype=torch.float64)  # ex. 5.3 at a hundred places
+    residual = backward_residual(r.requires_grad_(), x.requires_grad_(), r.detach() + 0.1, z)
+    print(f"L_simple on test images {loss:.4f} (without a model 1), bound {bound:.2f} bits/dim "
+          f"(8), backward equation off by {residual.abs().max():.0e} (0)")
     return run.finish(test_loss=loss, test_loss_chance=1.0, bound_bits_per_dim=bound)
 
 

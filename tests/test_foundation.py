@@ -292,6 +292,37 @@ def test_batches_cover_every_image_once_an_epoch_and_count_time(tmp_path, capsys
     assert len(lines) == 4 and all("images/s" in line and "left" in line for line in lines)
 
 
+def test_in_a_terminal_one_line_is_rewritten_and_never_wider_than_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    job = first.Run(first.Config(out=str(tmp_path), epochs=1, batch_size=1, device="cpu"))
+    for _ in job.batches(30):
+        time.sleep(0.05)
+        job.log(loss=torch.tensor(1.0), another=torch.tensor(2.0), third=torch.tensor(3.0))
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == 1 and 2 <= shown.count("\r") <= 5
+    assert all(len(line) <= 60 for line in re.split("[\r\n]", shown)) and "loss 1.0000" in shown
+
+
+def test_drawn_digits_are_named_in_every_figure_and_in_the_metrics(tmp_path):
+    job = first.Run(first.Config(out=str(tmp_path), device="cpu"))
+    for job.dataset, ending in (("drawn digits", "title (drawn digits)"), ("mnist", "title")):
+        figure = first.Figure()
+        job.figure("picture", "title", figure)
+        assert figure.get_suptitle() == ending
+        job.finish(value=1)
+        metrics = json.loads((job.out / "metrics.json").read_text())
+        assert metrics["data"] == job.dataset and metrics["results"] == {"value": 1}
+
+
+def test_samples_are_kept_as_bytes(tmp_path):
+    job = first.Run(first.Config(out=str(tmp_path), device="cpu"))
+    levels = torch.arange(784).remainder(256).byte().view(1, 1, 28, 28)
+    job.samples(levels.float() / 127.5 - 1, labels=torch.tensor([7]))
+    with np.load(job.out / "samples.npz") as kept:
+        assert kept["images"].tolist() == levels[0].tolist() and kept["labels"].tolist() == [7]
+
+
 # ---- Data ----------------------------------------------------------------------------------------
 
 
