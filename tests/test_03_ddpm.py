@@ -278,7 +278,7 @@ def test_ddim_with_all_the_noise_is_the_chain_with_the_posterior_variance():
 
 
 @pytest.mark.parametrize("sampler, sigma, eta", [
-    ("ddpm", "beta", 0), ("ddpm", "tilde", 0), ("ddim", "beta", 0), ("ddim", "beta", 1.7)])
+    ("ddpm", "beta", 0), ("ddpm", "tilde", 0), ("ddim", "beta", 0), ("ddim", "beta", 0.5)])
 def test_a_perfect_model_of_gaussian_data_samples_that_gaussian(sampler, sigma, eta):
     torch.manual_seed(0)
     n, std = 20000, 0.25

@@ -26,7 +26,8 @@ PLUMBING = "# ---- Plumbing: the same in every file"
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 first = load_script(SCRIPTS[0])
 OFFLINE = {**{k: v for k, v in os.environ.items() if k not in ("MNIST_DIR", "DISPLAY")},
-           "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+           "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "",
+           "OMP_NUM_THREADS": "1"}  # two threads on one free core wait for each other
 
 
 def run(script, *flags, cwd, **more):
@@ -89,7 +90,7 @@ def test_lines_are_at_most_100_characters_wide(script):
 
 @each_script
 def test_every_setting_has_a_comment_and_a_flag(script):
-    source = script.read_text(encoding="utf-8").split("class Config:")[1].split("\n\n\n")[0]
+    source = script.read_text(encoding="utf-8").split("class Config:")[1].split("\n\n")[0]
     fields = re.findall(r"^    (\w+): \w+ = ", source, re.M)
     assert {"data", "out", "device", "seed", "epochs", "batch_size", "lr", "train_size", "load",
             "quick"} <= set(fields)
