@@ -50,19 +50,19 @@ class Config:
     out: str = "out"  # folder for pictures, metrics, weights and samples
     device: str = "auto"  # where to compute [auto|cuda|mps|cpu]
     seed: int = 0  # of weights, noise and order [0..4294967295]
-    epochs: int = 3  # passes over the training images [0..]
-    batch_size: int = 32  # images a step; many small steps beat few large ones here [1..]
+    epochs: int = 3  # passes over the training images [0..100000]
+    batch_size: int = 32  # images a step; many small steps beat few large ones here [1..60000]
     lr: float = 2e-3  # learning rate after 100 steps of warm-up, then a cosine down to 0 [0..1]
-    train_size: int = 0  # training images to use, 0 for all [0..]
+    train_size: int = 0  # training images to use, 0 for all [0..60000]
     load: str = ""  # start from this model.pt; with --epochs 0 only evaluate, draw and sample
     quick: bool = False  # the whole path in seconds, on a few hundred images
-    T: int = 1000  # steps of the chain [25..]
+    T: int = 1000  # steps of the chain [25..10000]
     width: int = 16  # channels at 28x28; 2x at 14x14, 4x at 7x7 [8|16|24|32|48|64]
     samples: int = 100  # images for samples.npz [0..100000]
-    steps: int = 50  # network calls a sample; fewer than T skip along the chain [1..]
+    steps: int = 50  # network calls a sample; fewer than T skip along the chain [1..10000]
     sampler: str = "ddim"  # ddpm draws from p(x_s | x_t), ddim as --eta says [ddpm|ddim]
     eta: float = 1.9  # fresh noise of ddim: 0 none, 1 that of the chain, more mends errors [0..100]
-    bound_images: int = 16  # test images on which all T terms of the bound are computed [1..]
+    bound_images: int = 16  # test images on which all T terms of the bound are computed [1..10000]
 
 QUICK = dict(train_size=512, epochs=1, T=100, samples=16, steps=10, bound_images=2)
 SHAPES = ("T", "width")  # the settings that a checkpoint has to share
@@ -373,12 +373,12 @@ def train(run, diffusion, model, images, test_images):
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-def draw_chain(run, diffusion, image):
-    """What the chain does to one uint8 image (28, 28), and the schedule behind it."""
+def draw_chain(run, diffusion, image, noise):
+    """What the chain and noise (T, 1, 1, 28, 28) do to a uint8 image (28, 28); the schedule."""
     x, T, bar = scale(image[None]), diffusion.T, diffusion.alpha_bars
     chain, shown = [x], [round(T * k / 10) for k in range(11)]
     for t in range(1, T + 1):
-        x = diffusion.q_step(x, torch.tensor([t]))
+        x = diffusion.q_step(x, torch.tensor([t]), noise[t - 1])
         chain += [x] if t in shown else []
     run.grid("chain", f"{T} small steps turn a digit into noise (text §8.2)", torch.cat(chain), 11,
              (9, 1.7), "t", xticks=shown)
@@ -495,6 +495,8 @@ def whole(path, write):
     try:
         part.write_bytes(memory.getvalue())
         part.replace(path)
+    except OSError as fault:
+        raise OSError(fault.errno, fault.strerror, str(path)) from None  # a full disk names no file
     finally:
         part.unlink(missing_ok=True)
 
@@ -688,6 +690,8 @@ class Run:
 
 def launch(main):
     """Runs main; a foreseeable fault becomes a sentence and an exit code, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a path that the terminal cannot spell
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -708,9 +712,10 @@ def main(argv=None):
     model = UNet(diffusion.alpha_bars, config.width).to(run.device)
     if config.load:
         run.load(model)
-    draw_chain(run, diffusion, test_images[0].cpu())
+    noise = torch.randn(config.T, 1, 1, 28, 28)
     model, snapshots = train(run, diffusion, model, images, test_images)
     run.save(model)
+    draw_chain(run, diffusion, test_images[0].cpu(), noise)
     loss = draw_loss(run, diffusion, model, test_images)
     bound = draw_bound(run, *diffusion.vlb(model, scale(test_images[:config.bound_images])))
     draw_samples(run, diffusion, model, snapshots)
