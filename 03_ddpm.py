@@ -26,8 +26,8 @@ Expect  on two CPU cores first digits after 1 minute and the end after 11; eight
         the same with --eta 0              72%            8.8%              125
         the book's VAE, 30 epochs          64%            1.4%              885
         1,000 real test images             98%            7.7%               12
-        Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-21. There the book's network and
-        loop take 14 minutes for one of ten epochs, at a fifth of the images a second.
+        Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-21. There the network and loop
+        of the book, rebuilt, take 14 minutes for one of ten epochs, a fifth of the images a second.
 Try     --eta 0, 1, 3 or --sampler ddpm --steps 1000 on saved weights (--epochs 0 --load
         out/03_ddpm/model.pt); t drawn uniformly in `draw_t`; without the 1/ᾱ_t in `train`.
 """
@@ -430,7 +430,7 @@ def draw_samples(run, diffusion, model, snapshots):
     if snapshots:
         seen = [f"{count:,} ({minutes:.1f} min)" for count, minutes, _ in snapshots]
         run.grid("training", "From ten fixed x_T, digits appear as the network learns",
-                 torch.cat([x for *_, x in snapshots]), 10, (7, 0.5 * len(seen) + 0.8),
+                 torch.cat([x for *_, x in snapshots]), 10, (8, 0.5 * len(seen) + 0.8),
                  ylabel="training images seen", yticks=seen)
     noise = torch.randn(10, 1, 28, 28, device=run.device)
     diffusion.sample(model, noise[:3], watch=lambda t, x, x0: films.append((t, x, x0)))
