@@ -66,6 +66,7 @@ class Config:
 
 QUICK = dict(train_size=512, epochs=1, T=100, samples=16, steps=10, bound_images=2)
 SHAPES = ("T", "width")  # the settings that a checkpoint has to share
+PIXELS = (-1, 1)  # black and white, in the range that noise N(0, I) goes with
 
 # ---- The forward chain, its posterior, and the bound ---------------------------------------------
 
@@ -231,13 +232,9 @@ class TimeEmbedding(nn.Module):
         self.register_buffer("omega", torch.logspace(0, -4, frequencies), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def waves(self, t):
-        """(B,) -> (B, 2 frequencies): sin(ω t), cos(ω t), with ω from 1 to 1/10,000."""
-        angle = t[:, None] * self.omega
-        return torch.cat([angle.sin(), angle.cos()], 1)
-
     def forward(self, t):
-        return self.mlp(self.waves(t))
+        angle = t[:, None] * self.omega  # ω from 1 to 1/10,000
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], 1))  # (B, 2 frequencies) -> (B, D)
 
 class ResidualBlock(nn.Module):
     """x (B, C, H, W) plus two convolutions of it; the time scales and shifts what is between."""
@@ -475,7 +472,7 @@ def parse(argv=None):
     for name, text, _ in rules:
         kind, default = Config.__annotations__[name], getattr(Config, name)
         how = dict(action="store_true") if kind is bool else dict(type=kind, metavar=kind.__name__)
-        text = text.replace("%", "%%") + f" (default {default})" * (default not in ("", False))
+        text += f" (default {default})" * (default not in ("", False))
         parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     if "--quick" in (sys.argv if argv is None else argv):
         parser.set_defaults(**QUICK)
@@ -508,11 +505,12 @@ def download(path, digest):
             raw = urllib.request.urlopen(mirror + path.name, timeout=10).read()
             if hashlib.sha256(gzip.decompress(raw)).hexdigest() != digest:
                 raise ValueError("its content is not MNIST")
+            break
         except Exception as fault:  # whatever it was, the next mirror may do better
             reason = fault
-        else:
-            return whole(path, lambda file: file.write(raw))
-    raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
+    else:
+        raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
+    whole(path, lambda file: file.write(raw))
 
 def load_mnist(folder):
     """Train images, train labels, test images, test labels: uint8 (N, 28, 28) and int64 (N,).
@@ -559,6 +557,10 @@ def draw_characters(count, seed, characters="0123456789"):
         soft = F.grid_sample(ink[face[i], label[i]][:, None], grid, align_corners=False)[:, 0]
         images.append(((soft - 0.2 - edge[i, None, None]) * 4).clamp(0, 1).mul(255).byte())
     return torch.cat(images), label
+
+def unit(images):
+    """Images in the range of PIXELS -> clamped, in [0, 1], on the CPU."""
+    return ((images.cpu() - PIXELS[0]) / (PIXELS[1] - PIXELS[0])).clamp(0, 1)
 
 class Run:
     """One run: device, seed, data, progress, Ctrl-C, and the files it leaves in out/<script>."""
@@ -639,19 +641,20 @@ class Run:
         whole(self.out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=100))
 
     def grid(self, name, title, images, across, size, xlabel="", ylabel="", xticks=(), yticks=()):
-        """Saves images (N, 1, 28, 28) in [-1, 1] as one picture, `across` in a row."""
+        """Saves images (N, C, H, W) in the range of PIXELS as one picture, `across` in a row."""
         axes = (figure := Figure(size, layout="constrained")).subplots()
-        tiles = F.pad((images[:, 0].cpu().clamp(-1, 1) + 1) / 2, (1, 1, 1, 1), value=0.5)
-        tiles = tiles.view(-1, across, 30, 30).transpose(1, 2).reshape(-1, 30 * across)
-        axes.imshow(tiles, cmap="gray", vmin=0, vmax=1)  # each image 28 pixels and a gray rim
+        tiles = F.pad(unit(images), (1, 1, 1, 1), value=0.5)  # a gray rim
+        N, C, H, W = tiles.shape
+        tiles = tiles.view(N // across, across, C, H, W).permute(0, 3, 1, 4, 2)
+        axes.imshow(tiles.reshape(-1, across * W, C).squeeze(2), cmap="gray", vmin=0, vmax=1)
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.set_xticks([30 * i + 15 for i in range(len(xticks))], xticks)
-        axes.set_yticks([30 * i + 15 for i in range(len(yticks))], yticks)
+        axes.set_xticks([W * i + W // 2 for i in range(len(xticks))], xticks)
+        axes.set_yticks([H * i + H // 2 for i in range(len(yticks))], yticks)
         self.figure(name, title, figure)
 
     def samples(self, images, **labels):
-        """samples.npz: images (N, 1, 28, 28) in [-1, 1] as uint8 (N, 28, 28), and any labels."""
-        images = ((images[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte()
+        """samples.npz: images (N, 1, 28, 28) in the range of PIXELS, as uint8, and any labels."""
+        images = (unit(images)[:, 0] * 255).round().byte()
         arrays = {k: v.cpu().numpy() for k, v in dict(images=images, **labels).items()}
         whole(self.out / "samples.npz", lambda file: np.savez_compressed(file, **arrays))
 
@@ -664,17 +667,18 @@ class Run:
 
     def load(self, model):
         """Takes weights and history from --load. Raises SystemExit that says what does not fit."""
+        if not self.config.load:
+            return
         here = dict(script=self.script, **{k: self.settings[k] for k in SHAPES})
         try:
             kept = torch.load(self.config.load, map_location="cpu", weights_only=True)
-            there = dict(script=kept["script"], **kept["settings"])
-            odd = [f"its {k} is {there.get(k)}, not {v}" for k, v in here.items()
-                   if there.get(k) != v]
+            there = dict(kept["settings"], script=kept["script"])
+            odd = [f"its {k} is {there.get(k)}, not {here[k]}" for k in here
+                   if there.get(k) != here[k]]
             odd or model.load_state_dict(kept["state_dict"])
             self.history = kept["history"]
         except Exception as fault:  # torch, pickle and zip each raise their own
-            missing = isinstance(fault, OSError) and fault.filename
-            odd = [fault.strerror if missing else "it is no whole checkpoint"]
+            odd = [getattr(fault, "strerror", None) or "it is no whole checkpoint"]
         if odd:
             raise SystemExit(f"--load {self.config.load} cannot be used: {', '.join(odd)}")
 
@@ -710,8 +714,7 @@ def main(argv=None):
     images, _, test_images, _ = run.data()
     diffusion = Diffusion(config.T, 0.1 / config.T, 20 / config.T)  # the book's β at T = 1000
     model = UNet(diffusion.alpha_bars, config.width).to(run.device)
-    if config.load:
-        run.load(model)
+    run.load(model)
     noise = torch.randn(config.T, 1, 1, 28, 28)
     model, snapshots = train(run, diffusion, model, images, test_images)
     run.save(model)

@@ -326,7 +326,9 @@ def net():
 
 
 def test_time_embedding_has_sine_and_cosine_at_the_same_frequency():
-    sine, cosine = ddpm.TimeEmbedding(16).waves(torch.arange(1, 1001)).chunk(2, 1)
+    embedding = ddpm.TimeEmbedding(16)
+    embedding.mlp = nn.Identity()
+    sine, cosine = embedding(torch.arange(1, 1001)).chunk(2, 1)
     torch.testing.assert_close(sine ** 2 + cosine ** 2, torch.ones_like(sine))
     assert (sine[1:] - sine[:-1]).abs().amax(0).min() > 1e-6  # no frequency is dead
 
