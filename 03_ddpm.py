@@ -64,7 +64,7 @@ class Config:
     eta: float = 1.9  # fresh noise of ddim: 0 none, 1 that of the chain, more mends errors [0..100]
     bound_images: int = 16  # test images on which all T terms of the bound are computed [1..10000]
 
-QUICK = dict(train_size=512, epochs=1, T=100, samples=16, steps=10, bound_images=2)
+PRESETS = dict(quick=dict(train_size=512, epochs=1, T=100, samples=16, steps=10, bound_images=2))
 SHAPES = ("T", "width")  # the settings that a checkpoint has to share
 PIXELS = (-1, 1)  # black and white, in the range that noise N(0, I) goes with
 
@@ -474,8 +474,9 @@ def parse(argv=None):
         how = dict(action="store_true") if kind is bool else dict(type=kind, metavar=kind.__name__)
         text += f" (default {default})" * (default not in ("", False))
         parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
-    if "--quick" in (sys.argv if argv is None else argv):
-        parser.set_defaults(**QUICK)
+    for name in PRESETS:
+        if "--" + name.replace("_", "-") in (sys.argv if argv is None else argv):
+            parser.set_defaults(**PRESETS[name])
     config = Config(**vars(parser.parse_args(argv)))
     for name, _, allowed in rules:
         value, (low, dots, high) = getattr(config, name), allowed.partition("..")
@@ -624,8 +625,9 @@ class Run:
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
                 left = (self.steps - self.step) * size / self.rate
-                text = f"epoch {epoch:.2f}" + "".join(f"  {k} {v:.4f}" for k, v in row.items())
-                text += f"  {self.rate:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left"
+                text = f"epoch {epoch:.2f}  {left // 60:.0f}:{left % 60:02.0f} left  "
+                text += f"{self.rate:.0f} images/s" + "".join(
+                    f"  {k} {v:.4g}" for k, v in row.items())
                 width = shutil.get_terminal_size().columns - 1
                 print(f"\r{text[:width]:{width}}" if tty else text, end="\n" * due, flush=True)
         signal.signal(signal.SIGINT, before)
@@ -678,7 +680,8 @@ class Run:
             odd or model.load_state_dict(kept["state_dict"])
             self.history = kept["history"]
         except Exception as fault:  # torch, pickle and zip each raise their own
-            odd = [getattr(fault, "strerror", None) or "it is no whole checkpoint"]
+            missing = getattr(fault, "filename", None)
+            odd = [fault.strerror if missing else "it is no whole checkpoint"]
         if odd:
             raise SystemExit(f"--load {self.config.load} cannot be used: {', '.join(odd)}")
 

@@ -1,0 +1,602 @@
+"""The two-level VAE of the text's Appendix C, and the three faults that keep it from working.
+
+A second latent z2 explains the first, z1, and z1 explains the image (App. C.1):
+
+    p(z2) p(z1 | z2) p(x | z1),  q(z1 | x) q(z2 | z1)          all Gaussian; p(z2) = N(0, I)
+    log p(x) ≥ E_q[log p(x | z1)]                              J1, reconstruction (App. C.2)
+             - E_q[KL(q(z2 | z1) ‖ p(z2))]                     J2, level 2
+             - E_q[log q(z1 | x) - log p(z1 | z2)]             J3, level 1
+
+each estimated at one drawn pair z1, z2 (App. C.3), in nats with all constants.
+
+1. As printed the code stops: the imports are commented out, so `nn` is undefined. And log(sigma**2)
+   is -inf once σ² underflows; here the networks give log σ².
+2. The text computes J3 as KL(q(z1 | x) ‖ p(z1 | z2)) in closed form. That draws z1 afresh, but z2
+   came from this very z1 and knows it. In J3 the pair belongs together; the closed form charges
+   z2 for every bit it knows of the noise in z1, and so rewards a z2 that ignores z1.
+3. p(x | z1) = N(x̂, I) and p(z1 | z2) = N(ẑ, I). With σ = 1 an image is worth few nats (01_vae.py),
+   and with unit variance around ẑ there is nothing that z2 could say more sharply than ẑ = 0 does:
+   q(z2 | z1) becomes p(z2), and the upper level is switched off. Here both variances are learned.
+
+Run     python 02_hvae.py    (--as-printed: the text's network, settings and loss; --quick; --help)
+Expect  on two CPU cores 2 minutes; five pictures, samples and weights in out/02_hvae. Three models
+        of equal width learn from the same batches. Test images, nats an image, and 1,000 samples
+        before a classifier that is right on 99.7% of real test images:
+                                  ELBO   KL of z1  KL of z2   over 95% sure   Fréchet distance
+        two levels, fixed         +800      43      11.1           63%              228
+        one level                 +788      62        -            33%              629
+        two levels, as printed    -739       7       0.001         67%              658
+        --as-printed (4 minutes)  -740       6       0.001         67%              822
+        The last two are blurred and lack variety: half of their samples look like an 8. The text's
+        loss (App. C.4) with the text's settings falls to 38.62. Real MNIST, seed 0, two cores of
+        an AMD EPYC, 2026-11-22.
+        Why samples gain: N(0, I) crowds the middle of the z1 space, where the encoder puts few
+        images; p(z1) = ∫ p(z1 | z2) p(z2) dz2 learns where they are (prior.png).
+Try     --latent-dim 5; --warmup 0 (makes little difference here); `exact=True` for "text" in
+        `train` (fault 2 alone mended: z2 stays unused, since σ = 1).
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
+
+@dataclass
+class Config:
+    """Settings. Each is a flag; its comment is the help, a bracket at the end what is allowed."""
+    data: str = ""  # folder of the four MNIST files, or "drawn"; else $MNIST_DIR, else data/mnist
+    out: str = "out"  # folder for pictures, metrics, weights and samples
+    device: str = "auto"  # where to compute [auto|cuda|mps|cpu]
+    seed: int = 0  # of weights, noise and order [0..4294967295]
+    epochs: int = 10  # passes over the training images [0..100000]
+    batch_size: int = 128  # images a step [1..60000]
+    lr: float = 4e-3  # learning rate of Adam [0..1]
+    train_size: int = 0  # training images to use, 0 for all [0..60000]
+    load: str = ""  # start from this model.pt; with --epochs 0 only evaluate, draw and sample
+    quick: bool = False  # the whole path in seconds, on a few hundred images
+    as_printed: bool = False  # train the text's model alone, with its settings
+    schedule: str = "cosine"  # lr after 100 steps: down to 0, or as it is [cosine|constant]
+    warmup: float = 1.0  # epochs over which the weight of both KL terms grows to 1 [0..1000]
+    latent_dim: int = 20  # numbers in z1, and in z2 [1..1000]
+    hidden_dim: int = 256  # width of the hidden layers [1..10000]
+    layers: int = 2  # hidden layers; from the second on they add to their input [1..20]
+    activation: str = "SiLU"  # between the layers [SiLU|ReLU]
+    samples: int = 100  # images for samples.npz [0..100000]
+
+PRESETS = dict(
+    as_printed=dict(epochs=30, batch_size=32, lr=1e-3, schedule="constant", warmup=0.0,
+                    hidden_dim=100, layers=1, activation="ReLU"),
+    quick=dict(train_size=512, epochs=2, batch_size=32))
+SHAPES = ("as_printed", "latent_dim", "hidden_dim", "layers", "activation")  # of a checkpoint
+PIXELS = (0, 1)  # black and white
+
+# ---- Model ---------------------------------------------------------------------------------------
+
+class Residual(nn.Module):
+    """A hidden layer that adds to its input (N, H) instead of replacing it."""
+
+    def __init__(self, dim, activation):
+        super().__init__()
+        self.activation, self.linear = activation(), nn.Linear(dim, dim)
+
+    def forward(self, h):
+        return h + self.linear(self.activation(h))
+
+def mlp(input_dim, hidden_dim, output_dim, layers, activation):
+    """(N, input_dim) -> (N, output_dim) over hidden layers; with one, the text's network."""
+    return nn.Sequential(nn.Linear(input_dim, hidden_dim),
+                         *[Residual(hidden_dim, activation) for _ in range(layers - 1)],
+                         activation(), nn.Linear(hidden_dim, output_dim))
+
+class GaussianNet(nn.Module):
+    """x (N, D) -> mu, logvar of a Gaussian over (N, output_dim) that x determines.
+
+    `unit` fixes the variance to 1, as the text does for p(z1 | z2): then logvar is 0."""
+
+    def __init__(self, input_dim, hidden_dim, output_dim, layers, activation, unit=False):
+        super().__init__()
+        self.unit = unit
+        self.net = mlp(input_dim, hidden_dim, (1 if unit else 2) * output_dim, layers, activation)
+
+    def forward(self, x):
+        if self.unit:
+            return (mu := self.net(x)), torch.zeros_like(mu)
+        mu, logvar = self.net(x).chunk(2, 1)  # (N, 2 output_dim) -> 2 x (N, output_dim)
+        return mu, logvar.clamp(-20, 20)  # σ from e^-10 to e^10: whatever the net says, finite
+
+def reparameterize(mu, logvar):
+    """A draw from N(μ, σ²) through which gradients reach μ and log σ²."""
+    return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+
+def gaussian_log_density(x, mu, logvar):
+    """log N(x; μ, σ²) per element, in nats, constants included."""
+    return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu).square() * torch.exp(-logvar))
+
+def gaussian_kl(mu, logvar, prior_mu, prior_logvar):
+    """KL(N(μ, σ²) ‖ N(prior μ, prior σ²)) per element, in nats (App. C.3 for prior σ² = 1)."""
+    difference = logvar - prior_logvar
+    return 0.5 * (difference.exp() - 1 - difference
+                  + (mu - prior_mu).square() * torch.exp(-prior_logvar))
+
+class TwoLevelVAE(nn.Module):
+    """p(z2) p(z1 | z2) p(x | z1) and q(z1 | x) q(z2 | z1); x (N, D), pixels in [0, 1].
+
+    `printed` fixes the variances of p(x | z1) and p(z1 | z2) to 1, as the text does."""
+
+    def __init__(self, latent_dim=20, hidden_dim=256, layers=2, activation=nn.SiLU, printed=False,
+                 input_dim=784):
+        super().__init__()
+        shape = (layers, activation)
+        self.encoder1 = GaussianNet(input_dim, hidden_dim, latent_dim, *shape)  # q(z1 | x)
+        self.encoder2 = GaussianNet(latent_dim, hidden_dim, latent_dim, *shape)  # q(z2 | z1)
+        self.decoder2 = GaussianNet(latent_dim, hidden_dim, latent_dim, *shape, printed)  # p(z1|z2)
+        self.decoder1 = nn.Sequential(  # the mean x̂ of p(x | z1)
+            mlp(latent_dim, hidden_dim, input_dim, *shape), nn.Sigmoid())
+        self.x_logvar = nn.Parameter(torch.tensor(0.0 if printed else 2 * math.log(0.1)))  # log σ²
+        self.x_logvar.requires_grad_(not printed)
+        self.latent_dim = latent_dim
+
+    def elbo(self, x, exact=True):
+        """Terms of the bound in nats, each (N,): J1, level 2, level 1; ELBO = first - the others.
+
+        Level 1 at the drawn pair is log q(z1 | x) - log p(z1 | z2); `exact=False` gives the text's
+        KL(q(z1 | x) ‖ p(z1 | z2)) instead, which is too large: a smaller bound (fault 2)."""
+        mu1, logvar1 = self.encoder1(x)
+        z1 = reparameterize(mu1, logvar1)
+        mu2, logvar2 = self.encoder2(z1)
+        prior = self.decoder2(reparameterize(mu2, logvar2))
+        reconstruction = gaussian_log_density(x, self.decoder1(z1), self.x_logvar)  # J1
+        level2 = gaussian_kl(mu2, logvar2, 0 * mu2, 0 * mu2)  # J2
+        if exact:
+            level1 = gaussian_log_density(z1, mu1, logvar1) - gaussian_log_density(z1, *prior)  # J3
+        else:
+            level1 = gaussian_kl(mu1, logvar1, *prior)  # App. C.3, item 3
+        return reconstruction.sum(1), level2.sum(1), level1.sum(1)
+
+    @torch.no_grad()
+    def log_weight(self, x):
+        """log p(x, z1, z2) / q(z1, z2 | x) at one drawn pair (N,); its mean is the ELBO."""
+        mu1, logvar1 = self.encoder1(x)
+        z1 = reparameterize(mu1, logvar1)
+        mu2, logvar2 = self.encoder2(z1)
+        z2 = reparameterize(mu2, logvar2)
+        terms = (gaussian_log_density(x, self.decoder1(z1), self.x_logvar),
+                 gaussian_log_density(z1, *self.decoder2(z2)),
+                 gaussian_log_density(z2, 0 * z2, 0 * z2),
+                 -gaussian_log_density(z1, mu1, logvar1), -gaussian_log_density(z2, mu2, logvar2))
+        return sum(term.sum(1) for term in terms)
+
+    @torch.no_grad()
+    def sample_z1(self, n):
+        """z2 ~ p(z2), then z1 ~ p(z1 | z2): (n, latent_dim)."""
+        return reparameterize(*self.decoder2(torch.randn(n, self.latent_dim).to(self.x_logvar)))
+
+    @torch.no_grad()
+    def sample(self, n):
+        """n images (n, D): z2 -> z1 -> the mean x̂(z1), without the noise σ."""
+        return self.decoder1(self.sample_z1(n))
+
+class OneLevelVAE(TwoLevelVAE):
+    """The same without z2: p(z1) = N(0, I), as in 01_vae.py. For comparison."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        del self.encoder2, self.decoder2
+
+    def elbo(self, x, exact=True):
+        """Reconstruction, 0, and KL(q(z1 | x) ‖ N(0, I)), each (N,), in nats."""
+        mu, logvar = self.encoder1(x)
+        x_hat = self.decoder1(reparameterize(mu, logvar))
+        reconstruction = gaussian_log_density(x, x_hat, self.x_logvar).sum(1)
+        level1 = gaussian_kl(mu, logvar, 0 * mu, 0 * mu).sum(1)
+        return reconstruction, torch.zeros_like(level1), level1
+
+    @torch.no_grad()
+    def sample_z1(self, n):
+        """z1 ~ N(0, I): (n, latent_dim)."""
+        return torch.randn(n, self.latent_dim).to(self.x_logvar)
+
+def flat(images):
+    """uint8 (N, 28, 28) -> (N, 784) in [0, 1]."""
+    return images.flatten(1).float() / 255
+
+# ---- Training ------------------------------------------------------------------------------------
+
+NAMES = dict(fixed="two levels, fixed", one="one level", text="two levels, as printed")
+
+@torch.no_grad()
+def evaluate(models, test_images):
+    """Test ELBO (at the drawn pair for every model) and the KL of both levels, in nats an image."""
+    results = {}
+    for name, model in models.items():
+        J1, level2, level1 = (term.mean().item() for term in model.elbo(flat(test_images)))
+        results |= {name: J1 - level2 - level1, f"{name}_kl2": level2, f"{name}_kl1": level1}
+    return results
+
+def train(run, models, images, test_images):
+    """Trains all models on the same batches of uint8 (N, 28, 28), each for itself: they share no
+    parameters, and Adam treats every parameter alone."""
+    c = run.config
+    optimizer = torch.optim.Adam(
+        models.parameters(), c.lr, fused=run.device.type in ("cuda", "cpu"))
+    for index in run.batches(len(images), lambda: evaluate(models, test_images)):
+        x, loss = flat(images[index]), 0.0
+        beta = min(1, (run.step + 1) / (c.warmup * run.steps / c.epochs + 1))  # KL warm-up
+        for name, model in models.items():
+            J1, level2, level1 = model.elbo(x, exact=name != "text")
+            loss = loss - (J1 - beta * (level2 + level1)).mean()
+        run.log(loss=loss)
+        if c.schedule == "cosine":
+            warm, done = min(1, (run.step + 1) / 100), run.step / run.steps
+            optimizer.param_groups[0]["lr"] = c.lr * warm * (1 + math.cos(math.pi * done)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+# ---- Figures -------------------------------------------------------------------------------------
+
+STYLES = dict(fixed=("tab:blue", "-"), one=("tab:orange", "--"), text=("black", ":"))
+
+def images_of(x):
+    """(N, 784) -> (N, 1, 28, 28)."""
+    return x.view(-1, 1, 28, 28)
+
+def draw_training(run, models):
+    """KL of each level, and the ELBO, over training on test images."""
+    axes = (figure := Figure((12, 3.5), layout="constrained")).subplots(1, 3)
+    epochs = [row["epoch"] for row in run.history]
+    for name in models:
+        color, line = STYLES[name]
+        for ax, key in zip(axes, ("_kl2", "_kl1", "")):
+            if name + key != "one_kl2" and (name + key != "text" or len(models) == 1):  # far below
+                values = [row[name + key] for row in run.history]
+                ax.plot(epochs, values, color=color, ls=line, marker=".", label=NAMES[name])
+    for ax, what in zip(axes, ("KL of level 2", "KL of level 1", "ELBO")):
+        ax.set(xlabel="epoch", ylabel=f"{what} (nats an image)")
+        ax.legend() if ax.lines else None
+    axes[0].set_yscale("log")
+    ending = "; fixed, it works" if len(models) > 1 else ""
+    run.figure("training", "As printed, the upper level is switched off" + ending, figure)
+
+def draw_reconstructions(run, models, x):
+    """Test images from z1 and from z2 alone, and many z1 for one z2."""
+    rows, names = [x[:12]], ["x"]
+    for name, model in models.items():
+        mu1, _ = model.encoder1(x[:12])
+        rows.append(model.decoder1(mu1))
+        names.append(f"{NAMES[name]}: z1")
+        if name != "one":
+            mu2, _ = model.encoder2(mu1)
+            rows.append(model.decoder1(model.decoder2(mu2)[0]))
+            names.append(f"{NAMES[name]}: z2")
+    run.grid("reconstructions", "What z1 keeps of a test image, and what z2 alone keeps",
+             images_of(torch.cat(rows)), 12, (10, 0.7 * len(rows) + 0.6), yticks=names)
+    model = next(iter(models.values()))
+    z2 = model.encoder2(model.encoder1(x[:8])[0])[0]  # (8, 784) -> (8, L)
+    z1 = reparameterize(*model.decoder2(z2.repeat_interleave(11, 0)))  # (88, L)
+    drawn = images_of(model.decoder1(z1)).unflatten(0, (8, 11))
+    run.grid("z2", "One z2 a row, z1 drawn anew: z2 holds the digit and its slant, z1 the details",
+             torch.cat([images_of(x[:8])[:, None], drawn], 1).flatten(0, 1), 12, (8, 5.8))
+
+def draw_samples(run, models):
+    """Samples of each model; samples.npz holds those of the first."""
+    run.grid("samples", "Samples: z2 → z1 → x̂, or z1 → x̂",
+             images_of(torch.cat([model.sample(48) for model in models.values()])), 16,
+             (10, 1.6 * len(models) + 0.6),
+             yticks=sum((["", NAMES[name], ""] for name in models), []))
+    if run.config.samples:
+        run.samples(images_of(next(iter(models.values())).sample(run.config.samples)))
+
+def draw_prior(run, models, x, labels):
+    """q(z1), by digit, against draws from p(z1), along the two directions that part the digits."""
+    names = [name for name in models if name != "text"] or ["text"]
+    axes = (figure := Figure((5 * len(names), 5), layout="constrained")).subplots(
+        1, len(names), squeeze=False)[0]
+    for ax, name in zip(axes, names):
+        z = reparameterize(*models[name].encoder1(x)).cpu()
+        means = torch.stack([z[labels.cpu() == digit].mean(0) for digit in labels.unique().cpu()])
+        plane = torch.linalg.svd(means - means.mean(0))[2][:2].T  # (L, 2)
+        ax.scatter(*(z @ plane).T, s=2, c=labels.cpu(), cmap="tab10", alpha=0.5,
+                   label="q(z1), colored by digit")
+        ax.scatter(*(models[name].sample_z1(1000).cpu() @ plane).T, s=4, c="black", label="p(z1)")
+        ax.set(title=NAMES[name], xlabel="z1, in the plane where the digits' means differ most")
+        ax.legend(loc="upper right")
+    run.figure("prior", "N(0, I) crowds the middle, where few images are; a learned p(z1) does not"
+               if len(names) > 1 else "The prior p(z1), and where the images are", figure)
+
+# ---- Plumbing: the same in every file ------------------------------------------------------------
+
+import argparse, gzip, hashlib, io, json, os, re, shutil, signal  # noqa: E401
+import sys, tempfile, time, urllib.request  # noqa: E401
+from pathlib import Path
+
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+           "https://storage.googleapis.com/cvdf-datasets/mnist/")
+MNIST = {  # file name: SHA-256 of its unzipped content
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
+FACES = ("DejaVu Sans", "DejaVu Sans:bold", "DejaVu Sans:oblique", "DejaVu Serif", "cmr10",
+         "DejaVu Serif:italic", "DejaVu Sans Mono", "STIXGeneral", "STIXGeneral:italic", "cmss10")
+
+def parse(argv=None):
+    """Flags from Config: a field's comment is its help, a bracket at the end what is allowed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda what: parser.exit(2, f"{parser.prog}: {what} (--help lists the flags)\n")
+    source = Path(__file__).read_text(encoding="utf-8").split("class Config:")[1]
+    rules = re.findall(r"^    (\w+): \w+ = .*?  # (.*?(?:\[(.*)\])?)$", source, re.M)
+    for name, text, _ in rules:
+        kind, default = Config.__annotations__[name], getattr(Config, name)
+        how = dict(action="store_true") if kind is bool else dict(type=kind, metavar=kind.__name__)
+        text += f" (default {default})" * (default not in ("", False))
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
+    for name in PRESETS:
+        if "--" + name.replace("_", "-") in (sys.argv if argv is None else argv):
+            parser.set_defaults(**PRESETS[name])
+    config = Config(**vars(parser.parse_args(argv)))
+    for name, _, allowed in rules:
+        value, (low, dots, high) = getattr(config, name), allowed.partition("..")
+        if allowed and not (float(low) <= value <= float(high or "inf") if dots
+                            else str(value) in allowed.split("|")):
+            parser.error(f"--{name.replace('_', '-')} {value} is not in [{allowed}]")
+    return config
+
+def whole(path, write):
+    """Lets `write(file)` finish in memory, then moves a file into place: all of it or nothing."""
+    write(memory := io.BytesIO())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(memory.getvalue())
+        part.replace(path)
+    except OSError as fault:
+        raise OSError(fault.errno, fault.strerror, str(path)) from None  # a full disk names no file
+    finally:
+        part.unlink(missing_ok=True)
+
+def download(path, digest):
+    """Fetches a gzipped file to `path`. Raises ConnectionError when no mirror has it right."""
+    for mirror in MIRRORS:
+        try:
+            print(f"downloading {mirror}{path.name}", flush=True)
+            raw = urllib.request.urlopen(mirror + path.name, timeout=10).read()
+            if hashlib.sha256(gzip.decompress(raw)).hexdigest() != digest:
+                raise ValueError("its content is not MNIST")
+            break
+        except Exception as fault:  # whatever it was, the next mirror may do better
+            reason = fault
+    else:
+        raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
+    whole(path, lambda file: file.write(raw))
+
+def load_mnist(folder):
+    """Train images, train labels, test images, test labels: uint8 (N, 28, 28) and int64 (N,).
+    IDX files in `folder`, gzipped or not, are taken as they are, missing ones downloaded. Raises
+    SystemExit naming a malformed file, ConnectionError where a download fails."""
+    arrays = []
+    for name, digest in MNIST.items():
+        path = Path(folder, name) if Path(folder, name).exists() else Path(folder, name + ".gz")
+        if not path.exists():
+            download(path, digest)
+        raw, rank = path.read_bytes(), 3 if "images" in name else 1
+        try:
+            raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+            magic, *shape = np.frombuffer(raw[:4 + 4 * rank], ">i4").tolist()
+            array = torch.tensor(np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)).view(shape)
+            if magic != 2048 + rank or not (shape[1:] == [28, 28] if rank == 3 else
+                                            shape == [len(arrays[-1])] and array.max() < 10):
+                raise ValueError
+        except Exception:  # gzip, numpy and torch each raise their own
+            raise SystemExit(f"{path} is cut short or not an IDX file of 28x28 images or their "
+                             "labels: replace it, or delete it to have it downloaded") from None
+        arrays.append(array if rank == 3 else array.long())
+    return arrays
+
+def draw_characters(count, seed, characters="0123456789"):
+    """Characters of matplotlib's fonts, each turned, slanted, scaled, moved, thickened at random.
+    Returns uint8 images (N, 28, 28), white on black, and labels (N,), places in `characters`."""
+    rows, columns, random = len(FACES), len(characters), torch.Generator().manual_seed(seed)
+    sheet = FigureCanvasAgg(Figure((columns, rows), dpi=64))  # 64x64 pixels a character
+    for i, (face, character) in enumerate((f, c) for f in FACES for c in characters):
+        x, y = (i % columns + 0.5) / columns, 1 - (i // columns + 0.5) / rows
+        sheet.figure.text(x, y, character, font=face, size=60, ha="center", va="center")
+    sheet.draw()
+    ink = 1 - torch.tensor(np.asarray(sheet.buffer_rgba())[..., 0]) / 255  # (64 rows, 64 columns)
+    ink = F.avg_pool2d(ink.view(rows, 64, columns, 64).transpose(1, 2), 5, 1, 2)  # (.., 64, 64)
+    face, label = (torch.randint(n, (count,), generator=random) for n in (rows, columns))
+    angle, slant, size, right, down, edge = torch.tensor([.5, .6, .3, .2, .2, .2])[:, None] * (
+        torch.rand(6, count, generator=random) - 0.5)
+    cos, sin = (1 + size) * angle.cos(), (1 + size) * angle.sin()
+    affine = torch.stack([cos, slant * cos - sin, right, sin, slant * sin + cos, down], 1)
+    images = []
+    for i in torch.arange(count).split(1000):
+        grid = F.affine_grid(affine[i].view(-1, 2, 3), (len(i), 1, 28, 28), align_corners=False)
+        soft = F.grid_sample(ink[face[i], label[i]][:, None], grid, align_corners=False)[:, 0]
+        images.append(((soft - 0.2 - edge[i, None, None]) * 4).clamp(0, 1).mul(255).byte())
+    return torch.cat(images), label
+
+def unit(images):
+    """Images in the range of PIXELS -> clamped, in [0, 1], on the CPU."""
+    return ((images.cpu() - PIXELS[0]) / (PIXELS[1] - PIXELS[0])).clamp(0, 1)
+
+class Run:
+    """One run: device, seed, data, progress, Ctrl-C, and the files it leaves in out/<script>."""
+
+    def __init__(self, config):
+        self.config, self.settings, self.script = config, asdict(config), Path(__file__).stem
+        self.out, self.began, self.history = Path(config.out, self.script), time.time(), []
+        self.step, self.steps, self.rate, self.stopped = 0, 0, 0.0, False
+        has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+        name = next(k for k in has if has[k]) if config.device == "auto" else config.device
+        if not has[name]:
+            print(f"--device {name}: torch finds none; auto takes what is there", file=sys.stderr)
+            raise SystemExit(2)
+        self.device = torch.device(name)
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        self.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.out).close()  # fails now, not after the training
+
+    def data(self):
+        """`load_mnist` on the device, cut to `train_size`; drawn digits where it cannot be had."""
+        size, beside = self.config.train_size or 60000, Path(__file__).parent / "data" / "mnist"
+        folder = Path(self.config.data or os.environ.get("MNIST_DIR") or beside)
+        arrays, self.dataset = [], "drawn digits"
+        try:
+            if self.config.data != "drawn":
+                arrays, self.dataset = load_mnist(folder), folder.resolve().name
+        except ConnectionError as fault:
+            print(f"{fault}, and {folder} does not have it.\n"
+                  "Going on with digits drawn from matplotlib's fonts, as --data drawn does.")
+        arrays = arrays or [*draw_characters(size, 0), *draw_characters(min(size, 10000), 1)]
+        return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
+
+    def batches(self, count, report=dict, per_epoch=1):
+        """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
+        `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
+        to the history. Raises SystemExit when a logged term is not finite."""
+        def interrupt(*_):
+            self.stopped = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nCtrl-C: training ends, evaluating and saving (again: stops at once)\n")
+        before = signal.signal(signal.SIGINT, interrupt)
+        size, past = min(self.config.batch_size, count), len(self.history) / per_epoch
+        steps, clock, shown, tty = count // size, time.time(), 0, sys.stdout.isatty()
+        self.steps, self.sums, self.logged = steps * self.config.epochs, {}, 0
+        while self.step < self.steps and not self.stopped:
+            start = self.step % steps * size
+            order = order if start else torch.randperm(count).to(self.device)
+            yield order[start:start + size]
+            self.step, epoch = self.step + 1, past + (self.step + 1) / steps
+            due = self.step * per_epoch % steps < per_epoch or self.stopped
+            if due or tty and time.time() - shown > 0.5:
+                row = {k: float(v) / self.logged for k, v in self.sums.items()}
+                if not all(map(math.isfinite, row.values())):
+                    raise SystemExit(f"The loss is not finite after {self.step} steps; try a lower "
+                                     f"--lr than {self.config.lr:g}. Nothing was overwritten.")
+                shown = time.time()
+                self.rate = self.step * size / (shown - clock)
+                if due:
+                    row.update(report())
+                    self.history.append(dict(epoch=epoch, **row))
+                    self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
+                left = (self.steps - self.step) * size / self.rate
+                text = f"epoch {epoch:.2f}  {left // 60:.0f}:{left % 60:02.0f} left  "
+                text += f"{self.rate:.0f} images/s" + "".join(
+                    f"  {k} {v:.4g}" for k, v in row.items())
+                width = shutil.get_terminal_size().columns - 1
+                print(f"\r{text[:width]:{width}}" if tty else text, end="\n" * due, flush=True)
+        signal.signal(signal.SIGINT, before)
+
+    def log(self, **terms):
+        """Adds one step's loss terms (tensors without axes) to the means of this epoch."""
+        self.sums = {k: self.sums.get(k, 0) + v.detach() for k, v in terms.items()}
+        self.logged += 1
+
+    def figure(self, name, title, figure):
+        """Saves `name`.png under a title that says what is to be seen."""
+        figure.suptitle(title + " (drawn digits)" * (self.dataset == "drawn digits"))
+        whole(self.out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=100))
+
+    def grid(self, name, title, images, across, size, xlabel="", ylabel="", xticks=(), yticks=()):
+        """Saves images (N, C, H, W) in the range of PIXELS as one picture, `across` in a row."""
+        axes = (figure := Figure(size, layout="constrained")).subplots()
+        tiles = F.pad(unit(images), (1, 1, 1, 1), value=0.5)  # a gray rim
+        N, C, H, W = tiles.shape
+        tiles = tiles.view(N // across, across, C, H, W).permute(0, 3, 1, 4, 2)
+        axes.imshow(tiles.reshape(-1, across * W, C).squeeze(2), cmap="gray", vmin=0, vmax=1)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_xticks([W * i + W // 2 for i in range(len(xticks))], xticks)
+        axes.set_yticks([H * i + H // 2 for i in range(len(yticks))], yticks)
+        self.figure(name, title, figure)
+
+    def samples(self, images, **labels):
+        """samples.npz: images (N, 1, 28, 28) in the range of PIXELS, as uint8, and any labels."""
+        images = (unit(images)[:, 0] * 255).round().byte()
+        arrays = {k: v.cpu().numpy() for k, v in dict(images=images, **labels).items()}
+        whole(self.out / "samples.npz", lambda file: np.savez_compressed(file, **arrays))
+
+    def save(self, model):
+        """model.pt: settings, history, weights. A run that trained nothing leaves it as it is."""
+        kept = dict(script=self.script, settings=self.settings, history=self.history,
+                    state_dict={k: v.detach().cpu() for k, v in model.state_dict().items()})
+        if self.step:
+            whole(self.out / "model.pt", lambda file: torch.save(kept, file))
+
+    def load(self, model):
+        """Takes weights and history from --load. Raises SystemExit that says what does not fit."""
+        if not self.config.load:
+            return
+        here = dict(script=self.script, **{k: self.settings[k] for k in SHAPES})
+        try:
+            kept = torch.load(self.config.load, map_location="cpu", weights_only=True)
+            there = dict(kept["settings"], script=kept["script"])
+            odd = [f"its {k} is {there.get(k)}, not {here[k]}" for k in here
+                   if there.get(k) != here[k]]
+            odd or model.load_state_dict(kept["state_dict"])
+            self.history = kept["history"]
+        except Exception as fault:  # torch, pickle and zip each raise their own
+            missing = getattr(fault, "filename", None)
+            odd = [fault.strerror if missing else "it is no whole checkpoint"]
+        if odd:
+            raise SystemExit(f"--load {self.config.load} cannot be used: {', '.join(odd)}")
+
+    def finish(self, **results):
+        """metrics.json and a last line. Returns the exit code: 130 after Ctrl-C, else 0."""
+        kept = dict(script=self.script, data=self.dataset, device=str(self.device), results=results,
+                    torch=torch.__version__, seconds=time.time() - self.began, history=self.history,
+                    images_per_second=self.rate, interrupted=self.stopped, settings=self.settings)
+        text = json.dumps(kept, indent=1).encode()
+        whole(self.out / "metrics.json", lambda file: file.write(text))
+        print(f"{kept['seconds'] / 60:.1f} minutes; pictures and files are in {self.out}")
+        return 130 if self.stopped else 0
+
+def launch(main):
+    """Runs main; a foreseeable fault becomes a sentence and an exit code, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a path that the terminal cannot spell
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        code, what = 130, "stopped; what was saved before is as it was"
+    except torch.cuda.OutOfMemoryError:
+        code, what = 1, "the device is out of memory; try a smaller --batch-size"
+    except OSError as fault:
+        code, what = 1, f"{fault.filename or 'a file'}: {fault.strerror or fault}"
+    print(f"{Path(__file__).name}: {what}", file=sys.stderr)
+    sys.exit(code)
+
+# ---- Main ----------------------------------------------------------------------------------------
+
+def main(argv=None):
+    run = Run(config := parse(argv))
+    images, _, test_images, test_labels = run.data()
+    shape = (config.latent_dim, config.hidden_dim, config.layers, getattr(nn, config.activation))
+    models = nn.ModuleDict(dict(text=TwoLevelVAE(*shape, printed=True)))
+    if not config.as_printed:
+        models = nn.ModuleDict(dict(fixed=TwoLevelVAE(*shape), one=OneLevelVAE(*shape), **models))
+    run.load(models.to(run.device))
+    train(run, models, images, test_images)
+    run.save(models)
+    results, x = evaluate(models, test_images), flat(test_images)
+    for name in models:
+        print(f"{NAMES[name]:22}  test ELBO {results[name]:7.1f} nats, KL of level 1 "
+              f"{results[name + '_kl1']:6.2f}, of level 2 {results[name + '_kl2']:7.4f}")
+    with torch.no_grad():
+        J1, level2, level1 = (v.mean().item() for v in models["text"].elbo(x, exact=False))
+        results["text_loss"] = -2 * (J1 - level2 - level1) - x.shape[1] * math.log(2 * math.pi)
+        print(f"the text's loss as printed (App. C.4): {results['text_loss']:.2f}")
+        draw_training(run, models)
+        draw_reconstructions(run, models, x)
+        draw_prior(run, models, x, test_labels)
+        draw_samples(run, models)
+    return run.finish(**results)
+
+if __name__ == "__main__":
+    launch(main)
