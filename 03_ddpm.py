@@ -483,6 +483,8 @@ def parse(argv=None):
         if allowed and not (float(low) <= value <= float(high or "inf") if dots
                             else str(value) in allowed.split("|")):
             parser.error(f"--{name.replace('_', '-')} {value} is not in [{allowed}]")
+    if not config.epochs and not config.load:
+        parser.error("--epochs 0 trains nothing and so needs --load")
     return config
 
 def whole(path, write):
@@ -592,7 +594,8 @@ class Run:
         except ConnectionError as fault:
             print(f"{fault}, and {folder} does not have it.\n"
                   "Going on with digits drawn from matplotlib's fonts, as --data drawn does.")
-        arrays = arrays or [*draw_characters(size, 0), *draw_characters(min(size, 10000), 1)]
+        tests = min(max(size, 100), 10000)
+        arrays = arrays or [*draw_characters(size, 0), *draw_characters(tests, 1)]
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
 
     def batches(self, count, report=dict, per_epoch=1):
@@ -697,16 +700,17 @@ class Run:
 
 def launch(main):
     """Runs main; a foreseeable fault becomes a sentence and an exit code, never a traceback."""
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a path that the terminal cannot spell
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        code, what = 130, "stopped; what was saved before is as it was"
+        code, what = 130, "stopped; every file is whole, some may be those of an earlier run"
     except torch.cuda.OutOfMemoryError:
         code, what = 1, "the device is out of memory; try a smaller --batch-size"
     except OSError as fault:
-        code, what = 1, f"{fault.filename or 'a file'}: {fault.strerror or fault}"
+        code, what = 1, f"{fault.filename or 'output'}: {fault.strerror or fault}"
     print(f"{Path(__file__).name}: {what}", file=sys.stderr)
     sys.exit(code)
 
