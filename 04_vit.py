@@ -663,8 +663,11 @@ def main(argv=None):
     for way, rows in ways.items():
         print(f"letters by {way:19}: " + ", ".join(
             f"{n}: {100 * a:.0f}% in {s:.2g} s" for n, (a, s) in zip(shots, rows)))
+    accuracies, seconds = ({way: [row[i] for row in rows] for way, rows in ways.items()}
+                           for i in (0, 1))
     return run.finish(test_loss=loss, test_accuracy=accuracy, test_accuracy_chance=0.1,
-                      heads_switched_off=heads, few_shot=dict(shots=shots, **ways))
+                      heads_switched_off=heads, shots=shots, few_shot_accuracy=accuracies,
+                      few_shot_accuracy_chance=1 / 26, few_shot_seconds=seconds)
 
 if __name__ == "__main__":
     launch(main)
