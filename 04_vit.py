@@ -342,7 +342,8 @@ def draw_inside(run, model, images, labels):
     table = [[cka(a, b) for a in tokens] for b in tokens]
     left, right = (figure := Figure((9, 3.8), layout="constrained")).subplots(1, 2)
     shown = left.imshow(table, vmin=0, vmax=1, origin="lower")
-    left.set(xlabel="after block", ylabel="after block", title="CKA (mean over the tokens)")
+    left.set(xlabel="after block", ylabel="after block", title="CKA (mean over the tokens)",
+             xticks=range(len(table)), yticks=range(len(table)))
     figure.colorbar(shown, ax=left)
     accuracy = switch_off(model, images[:4000], labels[:4000])
     right.plot(range(len(accuracy)), [100 * a for a in accuracy], ".-")
@@ -351,12 +352,12 @@ def draw_inside(run, model, images, labels):
               title=f"of {len(accuracy) - 1} heads (gray: chance)")
     run.figure("layers", "How alike the layers are, and how many heads are needed", figure)
     seen = torch.stack([a[:, :, 0, 1:].mean(1) for a in model.attention_maps(x[:8])], 1)
-    seen = (seen / seen.amax(2, keepdim=True)).view(8, -1, side, side)  # (8, L, N), mean over heads
+    seen = (seen / seen.amax(2, keepdim=True)).unflatten(2, (side, side))  # from (8, L, N)
     seen = F.interpolate(seen, scale_factor=run.config.patch_size)  # (8, L, 28, 28)
     lit = 2 * seen * (x[:8] + 1.3) / 2.3 - 1  # the image lit by it; black keeps 13%, to be seen
     run.grid("attention", "What the class token attends to, block by block, over its maximum",
              torch.cat([x[:8], lit], 1).flatten(0, 1)[:, None], 1 + seen.shape[1],
-             (1.1 * seen.shape[1] + 1.5, 9), "block",
+             (max(7.0, 1.1 * seen.shape[1] + 1.5), 9), "block",
              xticks=["image", *range(1, seen.shape[1] + 1)])
     return accuracy
 
@@ -643,8 +644,6 @@ def launch(main):
 
 def main(argv=None):
     run = Run(config := parse(argv))
-    if config.embed_dim % config.num_heads:
-        raise SystemExit(f"--embed-dim {config.embed_dim} has to be a multiple of --num-heads")
     images, labels, test_images, test_labels = run.data()
     model = VisionTransformer(28, config.patch_size, 1, 10, config.embed_dim, config.depth,
                               config.num_heads, config.pos).to(run.device)
