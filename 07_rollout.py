@@ -93,7 +93,7 @@ def attention_rollout(attentions, residual=True, head_fusion="mean", discard=0.0
     for layer, attention in enumerate(attentions):
         A = dict(mean=torch.mean, max=torch.amax, min=torch.amin)[head_fusion](attention, 1)
         N = A.shape[-1]  # (B, h, N, N) -> (B, N, N)
-        A = A.scatter(-1, A.argsort(-1)[..., :int(discard * N)], 0)  # never all of a row
+        A = A.scatter(-1, A.argsort(-1)[..., :min(N - 1, round(discard * N))], 0)  # the least
         eye, total = torch.eye(N, dtype=A.dtype, device=A.device), A.sum(-1, keepdim=True)
         A = torch.where(total > 0, A / total, eye)  # keepdim: each row by its own sum
         w = 0.5 if residual else 1.0
@@ -106,7 +106,8 @@ def attention_rollout(attentions, residual=True, head_fusion="mean", discard=0.0
 def gradient_rollout(attentions, logits, classes):
     """Rollout for one class (arXiv:2103.15679, eq. 5 and 6): every entry counts by how much
     it raises that class's logit, to first order, and by 0 if it lowers it. attentions: the L
-    (B, h, N, N) that led to the logits (B, K); classes (B,). Returns (B, N, N), rows of any sum."""
+    (B, h, N, N) that led to the logits (B, K), their graph is used up; classes (B,). Returns
+    (B, N, N), rows of any sum."""
     chosen = logits.gather(1, classes[:, None]).sum()  # images do not see each other: one sum
     gradients = torch.autograd.grad(chosen, attentions)
     R = torch.eye(attentions[0].shape[-1], dtype=logits.dtype, device=logits.device)
@@ -167,7 +168,7 @@ def deletion(model, x, labels, maps, counts):
 
 def entropy(rows):
     """Entropy in nats along the last axis of distributions (.., n)."""
-    return -(rows * rows.clamp(min=1e-30).log()).sum(-1)
+    return torch.special.entr(rows).sum(-1)
 
 def study(run, model, x, labels, boxes):
     """Explains scenes x (B, 1, H, W) and measures the maps. Returns the logits (B, 10); how many
@@ -177,14 +178,15 @@ def study(run, model, x, labels, boxes):
 
     Three maps to compare with: a random one; a uniform one (chance for pointing and mass; deleted
     row by row); the box itself, whose mass is below 1 since patches at its edge stick out."""
-    random, n = torch.Generator().manual_seed(2), model.pos_embed.shape[1] - 1
+    n = model.pos_embed.shape[1] - 1
+    noise = torch.rand(len(x), n, generator=torch.Generator().manual_seed(2)).to(x.device)
     counts = sorted({round(n * (i / 12) ** 2) for i in range(13)})  # dense where most happens
     answers, rows, layers = [], {}, {"raw attention": [], "rollout": []}
-    for some, right, box in zip(x.split(250), labels.split(250), boxes.split(250)):
+    for some, right, box, any_map in zip(*(v.split(100) for v in (x, labels, boxes, noise))):
         logits, maps, raw, rolled = explain(model, some, run.config)
         inside = overlap(box, x.shape[2:])
-        maps.update({"random": torch.rand(len(some), n, generator=random).to(x.device),
-                     "uniform": torch.ones_like(inside), "the box itself": inside})
+        maps.update({"random": any_map, "uniform": torch.ones_like(inside),
+                     "the box itself": inside})
         for name, m in maps.items():
             at, share = pointing(m, inside)[:, None], mass(m, inside)[:, None]
             curve = deletion(model, some, right, m, counts)
@@ -371,7 +373,7 @@ def draw_examples(run, model, x, boxes, labels, logits, rows):
                   f"{len(chosen)}): rollout points at the digit in {points:.0f}%",
                   x[some], boxes[some], explain(model, x[some], run.config)[1], says)
     _, _, raw, rolled = explain(model, x[:2], run.config)
-    twice = torch.tensor([0, 0, 1, 1], device=x.device)
+    twice = torch.arange(len(x[:2]), device=x.device).repeat_interleave(2)
     maps = {f"layer {i}": torch.stack([patch_map(a), patch_map(b)], 1).flatten(0, 1)
             for i, (a, b) in enumerate(zip(raw, rolled), 1)}  # raw and rollout in turn
     draw_maps(run, "layers", "The class token's raw attention, and the rollout up to that layer\n"
@@ -715,6 +717,7 @@ def main(argv=None):
     print(f"test scenes: cross-entropy {loss:.4f} nats (chance: ln 10 = 2.30), accuracy "
           f"{100 * accuracy:.2f}% (chance 10%)")
     few = slice(config.explain)
+    print(f"explaining and measuring {len(test[few])} scenes")
     logits, counts, rows, layers = study(run, model, test[few], test_labels[few], boxes[few])
     print("maps: pointing and mass, more is better (uniform: chance); deletion, less is better")
     table = {}
@@ -730,7 +733,7 @@ def main(argv=None):
     what = "entropy", "entropy_all_tokens", "pointing", "mass"
     by_layer = {name: dict(zip(what, v.mean(2).T.tolist())) for name, v in layers.items()}
     return run.finish(test_loss=loss, test_accuracy=accuracy, test_accuracy_chance=0.1,
-                      maps=table, by_layer=by_layer)
+                      scenes=len(logits), maps=table, by_layer=by_layer)
 
 if __name__ == "__main__":
     launch(main)
