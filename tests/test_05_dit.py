@@ -290,6 +290,21 @@ def test_guidance_is_a_line_through_both_answers_and_leaves_the_variance():
         script.guided(bare, x, t, y, 2)
 
 
+def test_models_that_count_from_0_are_told_t_minus_1():
+    asked = []
+
+    def model(x, t, y, drop=None):
+        asked.append(t.tolist())
+        return torch.cat([x, x], 1)
+
+    x, t = torch.randn(2, 1, 4, 4), torch.tensor([1, 9])
+    for first in (1, 0):
+        diffusion = script.Diffusion(10, "eps", first)
+        diffusion.loss(model, x, t, t, x)
+        diffusion.sample(model, x, t, 1, 2)
+    assert asked == [[1, 9], [10, 10], [5, 5], [0, 8], [9, 9], [4, 4]]
+
+
 @pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)])
 def test_samplers_find_a_known_distribution(sampler, eta):
     """Data N(m, c²): the best ε is known, so samples have this mean and this deviation."""
@@ -332,6 +347,14 @@ def test_the_autoencoder_has_its_kl_and_a_scale_of_one(tmp_path):
     sample = model.decoder(Normal(mu, (logvar / 2).exp()).sample((30,)).flatten(0, 1))
     expected = (sample.view(30, 50, 1, 28, 28) - x).square().sum((2, 3, 4)).mean(0)
     torch.testing.assert_close(errors, expected, rtol=0.05, atol=1.0)
+
+
+def test_diffusion_runs_in_pixels_too(tmp_path):
+    assert script.main(["--quick", "--data", "drawn", "--train-size", "64", "--space", "pixel",
+                        "--patch-size", "4", "--out", str(tmp_path), "--steps", "2"]) == 0
+    assert (tmp_path / "05_dit" / "samples.png").exists()
+    x = torch.rand(2, 1, 28, 28)
+    assert script.Pixels().decode(script.Pixels().encode(x)) is x
 
 
 def test_t_is_drawn_from_1_to_T():
