@@ -465,7 +465,7 @@ def encode(model, images):
 
 def parallel(run):
     """Joins the processes that torchrun started. Returns the number of this one and of all."""
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ):
         return 0, 1
     if run.device.type == "cuda":
         run.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -596,8 +596,8 @@ def draw_samples(run, diffusion, autoencoder, model, snapshots, shape):
         for x, k in zip(noise.split(250), y.split(250))])
     rows = min(c.samples // 10, 10)
     first = images[:10 * rows].view(rows, 10, *images.shape[1:]).transpose(0, 1).flatten(0, 1)
-    run.grid("samples", f"One row a class, s = {c.scale:g} ({c.sampler}, {c.steps} steps)", first,
-             rows, (6, 6.3), ylabel="class asked for", yticks=range(10))
+    run.grid("samples", f"A row a class, s = {c.scale:g} ({c.sampler}, {min(c.steps, c.T)} steps)",
+             first, rows, (6, 6.3), ylabel="class asked for", yticks=range(10))
     run.samples(images, labels=y)
 
 def draw_designs(run, diffusion, autoencoder, models, latents):
@@ -893,6 +893,10 @@ def main(argv=None):
     run = Run(config)
     rank, world = parallel(run)
     images, labels, test_images, test_labels = run.data()
+    if min(config.batch_size, len(images)) % world:
+        print(f"{world} processes need a batch they can share: --batch-size, and images, must be a "
+              "multiple of it", file=sys.stderr)
+        return 2
     latent = config.space == "latent"
     autoencoder = (Autoencoder(config.channels) if latent else Pixels()).to(run.device)
     shape = (config.channels, 8, 8) if latent else (1, 28, 28)
@@ -926,7 +930,9 @@ def main(argv=None):
     if config.block == "adaln-zero":
         draw_gates(run, model, diffusion)
     draw_samples(run, diffusion, autoencoder, model, snapshots, shape)
-    designs = draw_designs(run, diffusion, autoencoder, averages, latents) if config.compare else {}
+    designs = {}
+    if config.compare and run.history:
+        designs = draw_designs(run, diffusion, autoencoder, averages, latents)
     last = {k: v for k, v in run.history[-1].items() if "test" in k} if run.history else {}
     return run.finish(**last, designs=designs)
 
