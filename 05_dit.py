@@ -30,6 +30,9 @@ Expect  on two CPU cores 9 minutes, of which the autoencoder takes one; six pict
           real test images     99.7%            98.3%              0                28.0
           decoded latents      98.8%            96.1%             27                26.1
         Guidance makes clear digits and costs variety: the mean distance within a class falls.
+        --compare, one epoch in 9 minutes: L_simple 0.131 for adaln-zero, 0.134 for in-context and
+        adaln, 0.135 for cross-attention; parameters 1.87, 1.25, 1.67 and 1.64 million, multiply-
+        adds of one pass 20.0, 21.8, 19.8 and 23.0 million. adaLN-Zero wins, as in the paper.
         Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-22.
 Try     --compare (four block designs side by side); --scale 4; --block in-context;
         --space pixel --patch-size 4 (49 tokens for 16).
@@ -501,7 +504,7 @@ def train(run, diffusion, models, latents, labels, test_latents, test_labels, ra
         snapshots.append((run.step * min(c.batch_size, len(latents)), digits))
         return rows
 
-    for index in run.batches(len(latents), report, per_epoch=2):
+    for index in run.batches(len(latents), report, 8 if c.compare else 2):
         t, drop = draw_t(len(index), c.T), torch.rand(len(index)) < c.drop
         noise, mine = torch.randn(len(index), *latents.shape[1:]), slice(rank, None, world)
         x0, y = latents[index[mine]], labels[index[mine]]
@@ -546,7 +549,7 @@ def draw_loss(run, models):
     for i, (name, mark) in enumerate(zip(models, "o^sD")):
         for axes, term in ((left, " test"), (right, " test bound")):
             axes.plot(epochs, [row[name + term] for row in run.history], f"C{i}{mark}-", label=name)
-    left.set(xlabel="epoch", ylabel="L_simple (1 for ε = 0)", yscale="log")
+    left.set(xlabel="epoch", ylabel="L_simple (1 for ε = 0)")
     right.set(xlabel="epoch", ylabel="mean term of the bound, nats a number")
     left.legend(fontsize=8)
     run.figure("loss", "On test latents: the error of ε, the bound that teaches Σ", figure)
