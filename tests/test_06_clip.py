@@ -423,6 +423,12 @@ def test_the_slow_copy_follows_every_step():
     assert torch.allclose(one.memory.slow.state_dict()[key], (before[key] + after[key]) / 2)
 
 
+def test_the_first_loss_of_itc_is_that_of_clip():
+    clip, itc = (learner(loss=name).loss(*batch()) for name in ("clip", "itc"))
+    assert [v.item() for v in itc] == pytest.approx([v.item() for v in clip], rel=1e-5)
+    assert abs(clip[0] - clip[1]) > 1e-4  # else an exchange of the two would not show
+
+
 @each_tower
 def test_16_pairs_can_be_learned_by_heart(tower):
     one, data = learner(tower), batch()
@@ -440,6 +446,7 @@ def test_recall_is_known_where_ranks_are():
     similarity = torch.tensor([[3., 2, 1], [3, 2, 1], [3, 2, 1]])  # ranks 1, 2, 3
     assert [script.recall(similarity, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
     assert script.recall(torch.ones(4, 4), 1) == 0  # no choice is no success
+    assert script.recall(torch.full((4, 4), math.nan), 1) == 0
 
 
 def axes(scenes, parts):
@@ -512,8 +519,8 @@ def test_both_losses_are_compared_and_a_prompt_is_answered(tmp_path, capsys):
     assert script.main([*flags, "--compare", "--prompt", "a red three; a blue two above a red one"]
                        ) == 0
     kept = json.loads((tmp_path / "06_clip" / "metrics.json").read_text())
-    assert list(kept["results"])[:4] == ["clip 4", "itc 4", "clip 32", "itc 32"]
-    assert {"clip 4 loss_i", "itc 32 R@1 new", "itc 4 e^t"} <= set(kept["history"][-1])
+    assert list(kept["results"])[:4] == ["clip B/8", "itc B/8", "clip B", "itc B"]
+    assert {"clip B/8 loss_i", "itc B R@1 new", "itc B/8 e^t"} <= set(kept["history"][-1])
     assert (tmp_path / "06_clip" / "prompts.png").exists()
     assert script.main([*flags, "--prompt", "a pink three"]) == 2
     assert "'pink' is unknown; the words are: a above" in capsys.readouterr().err
