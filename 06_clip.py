@@ -38,8 +38,8 @@ Expect  on two CPU cores 8 minutes; six pictures and weights in out/06_clip. On 
         With them it is learned, and new pairs find their captions far more often, at the price of
         some digits. The Vision Transformer (5 epochs) would need more images for the digits.
         --compare, 120,000 images each: R@1 of CLIP 18.0, of ITC 63.6 at batches of 32; 67.8 and
-        50.2 at batches of 256. The queue pays where batches are small, but drowns the twins: with
-        ITC exchanged places stay a coin's toss.
+        50.2 at batches of 256. The queue pays where batches are small; but with ITC exchanged
+        places stay a coin's toss: perhaps one twin counts little among 4,096 others.
         Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-22.
 Try     --prompt "a white six left of a green two"; --twins 0; --tower vit; --compare; --loss itc;
         --load out/06_clip/model.pt --epochs 0 --prompt "a red zero above a blue two" (a new pair).
