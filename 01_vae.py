@@ -9,8 +9,8 @@ A decoder turns a simple z into an image x; an encoder guesses which z an image 
     KL(q(z | x) ‖ p(z)) = ½ Σ_h (μ_h² + σ_h² - 1 - log σ_h²)          in closed form
     z = μ(x) + σ(x) ε,  ε ~ N(0, I)                                   gradients pass the draw
 
-Training maximizes the ELBO, in nats with all constants: log p(x | z) keeps its -D/2 log 2πσ².
-Pixels are in [0, 1] and x is flat, (N, D) with D = 784; a density above 1 has a positive logarithm.
+The ELBO is in nats with all constants: log p(x | z) keeps its -D/2 log 2πσ². Pixels are in [0, 1]
+and x is flat, (N, D) with D = 784; a density above 1 has a positive logarithm.
 Sections (§) and App. C are those of the text on diffusion theory, which sums up a book.
 
 What σ = 1 costs. It says that pixels, which lie in [0, 1], are right to ±1. Roughly, a latent pays
@@ -28,7 +28,10 @@ Expect  on two CPU cores 35 to 50 seconds; five pictures, samples and weights in
         In the book's units --book reaches 38.40 (the book's own code: 38.45). Real MNIST, seed 0,
         two cores of an AMD EPYC, 2026-11-22. Reconstructions are sharp, samples are not: z from
         N(0, I) mostly falls between the places where images are encoded; 02_hvae.py mends that.
-Try     --latent-dim 2 (two more pictures: the latent plane); --sigma 1; --layers 1 (ELBO +738).
+Try     easy: --latent-dim 2 (two more pictures: the latent plane).
+        medium: --sigma 1, 0.3 and 0.1. How many latents are in use, and how sharp are the images?
+        harder: let `elbo` return `reconstruction - 4 * kl` at the end, which is then no bound:
+        what happens to reconstructions, samples, latents in use and `first_1000_bounds`?
 """
 
 import math
@@ -89,11 +92,10 @@ def mlp(input_dim, hidden_dim, output_dim, layers, activation):
                          activation(), nn.Linear(hidden_dim, output_dim))
 
 class Encoder(nn.Module):
-    """x (N, D) -> mu, logvar of q(z | x), each (N, latent_dim).
+    """x (N, D) -> mu, logvar of q(z | x), each (N, latent_dim). The net gives log σ² itself: the
+    logarithm of a σ² that underflowed would be -inf."""
 
-    The net gives log σ² itself: log(σ²) of a σ that underflowed would be -inf."""
-
-    def __init__(self, input_dim, hidden_dim, latent_dim, layers=2, activation=nn.SiLU):
+    def __init__(self, input_dim, hidden_dim, latent_dim, layers, activation):
         super().__init__()
         self.net = mlp(input_dim, hidden_dim, 2 * latent_dim, layers, activation)
 
@@ -104,7 +106,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """z (N, latent_dim) -> x_hat (N, D), the mean of p(x | z), in [0, 1]."""
 
-    def __init__(self, latent_dim, hidden_dim, output_dim, layers=2, activation=nn.SiLU):
+    def __init__(self, latent_dim, hidden_dim, output_dim, layers, activation):
         super().__init__()
         self.net = mlp(latent_dim, hidden_dim, output_dim, layers, activation)
 
@@ -127,7 +129,6 @@ def gaussian_kl(mu, logvar):
 
 class VAE(nn.Module):
     """p(z) p(x | z) and q(z | x), with one σ for all pixels: learned, or fixed where sigma > 0.
-
     x is (N, D), pixels in [0, 1]; every density is in nats, one number an image."""
 
     def __init__(self, latent_dim=20, hidden_dim=256, layers=2, activation=nn.SiLU, sigma=0.0,
@@ -179,8 +180,7 @@ def flat(images):
 def train(run, model, images, test_images):
     """Maximizes the ELBO on uint8 images (N, 28, 28)."""
     c, test_x = run.config, flat(test_images)
-    optimizer = torch.optim.Adam(
-        model.parameters(), c.lr, fused=run.device.type in ("cuda", "cpu"))
+    optimizer = torch.optim.Adam(model.parameters(), c.lr, fused=run.device.type != "mps")
 
     @torch.no_grad()
     def report():
@@ -199,53 +199,46 @@ def train(run, model, images, test_images):
         optimizer.step()
 
 @torch.no_grad()
-def evaluate(run, model, images, test_images):
-    """Results on the test images, in nats an image."""
-    x, base = flat(test_images), flat(images)
+def evaluate(run, model, images, x):
+    """Results on the test images x (N, 784), in nats an image."""
     reconstruction, kl, elbo = (v.mean().item() for v in model.elbo(x))
-    first = [model.log_likelihood(x[:1000], draws).mean().item() for draws in (1, 10, 100)]
+    bounds = [model.log_likelihood(x[:1000], draws).mean().item() for draws in (1, 10, 100)]
+    base = flat(images)
     logvar = (base - base.mean(0)).square().mean().clamp(min=1e-9).log()  # the best constant x̂
     chance = gaussian_log_density(x, base.mean(0), logvar).sum(1).mean().item()
-    sigma = model.x_logvar.exp().sqrt().item()
-    print(f"test: reconstruction {reconstruction:.1f} - KL {kl:.1f} = ELBO {elbo:.1f} nats "
-          f"(without z {chance:.1f}); σ {sigma:.4f}\nfirst 1,000 test images: bound "
-          "{:.1f}, {:.1f}, {:.1f} with 1, 10, 100 draws of z".format(*first))
     results = dict(test_elbo=elbo, test_elbo_chance=chance, test_reconstruction=reconstruction,
-                   test_kl=kl, first_1000_bounds=first, sigma=sigma)
-    if run.config.sigma == 1:  # then the constant of log p(x | z) is all that differs
+                   test_kl=kl, first_1000_bounds=bounds, sigma=model.x_logvar.exp().sqrt().item())
+    if run.config.sigma == 1:  # then ‖x - x̂‖² + 2 KL differs from -2 ELBO by a constant
         results["book_loss"] = -2 * elbo - x.shape[1] * math.log(2 * math.pi)
-        print(f"in the book's units, ‖x - x̂‖² + 2 KL: {results['book_loss']:.2f}")
+    print("test images, nats an image; chance: without z; bounds: with 1, 10 and 100 draws of z")
+    for name, value in results.items():
+        print(f"{name:20}", np.round(value, 4))
     return results
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-def images_of(x):
-    """(N, 784) -> (N, 1, 28, 28)."""
-    return x.view(-1, 1, 28, 28)
-
 def draw_training(run):
     """The terms of the ELBO over training, on training and on test images."""
     axes = (figure := Figure((12, 3.5), layout="constrained")).subplots(1, 3)
-    epochs, *curves = np.array([[row[k] for k in ("epoch", "kl", "elbo", "test_kl", "test_elbo")]
-                                for row in run.history]).T
-    for (kl, elbo), label in ((curves[:2], "training"), (curves[2:], "test")):
-        for ax, values, name in zip(axes, (elbo + kl, kl, elbo), ("reconstruction", "KL", "ELBO")):
-            ax.plot(epochs, values, "--" if label == "test" else "-", label=label)
-            if label == "test":  # the first mean over the training is far below
-                ax.set_ylim(bottom=values.min() - 0.2 * np.ptp(values) - 1)
-            ax.set(xlabel="epoch", ylabel=f"{name} (nats an image)")
-            ax.legend()
+    epochs, kl, elbo, test_kl, test_elbo = np.array([[*row.values()] for row in run.history]).T
+    for ax, name, values, test in zip(axes, ("reconstruction", "KL", "ELBO"), (elbo + kl, kl, elbo),
+                                      (test_elbo + test_kl, test_kl, test_elbo)):
+        ax.plot(epochs, values, label="training")  # its first mean is far below, out of sight
+        ax.plot(epochs, test, "--", label="test")
+        ax.set_ylim(bottom=test.min() - 0.2 * np.ptp(test) - 1)
+        ax.set(xlabel="epoch", ylabel=f"{name} (nats an image)")
+        ax.legend()
     run.figure("training", "ELBO = reconstruction - KL", figure)
 
 def draw_latents(run, model, x, labels):
     """KL of each latent (which are in use); for two latents the map of their plane."""
     mu, logvar = model.encoder(x)
-    kl = gaussian_kl(mu, logvar).mean(0).sort(descending=True).values.cpu().numpy()
+    kl = gaussian_kl(mu, logvar).mean(0).sort(descending=True).values.tolist()
+    used = sum(nats > 0.01 for nats in kl)
     axes = (figure := Figure((8, 3.5), layout="constrained")).subplots()
     axes.bar(range(1, len(kl) + 1), kl)
     axes.set(xlabel="latent, by its KL", ylabel="KL (nats an image)")
     axes.locator_params(axis="x", integer=True)
-    used = int((kl > 0.01).sum())
     run.figure("kl", f"{used} of {len(kl)} latents are in use (more than 0.01 nats)", figure)
     if len(kl) == 2:
         axes = (figure := Figure((7, 7), layout="constrained")).subplots()
@@ -257,33 +250,30 @@ def draw_latents(run, model, x, labels):
         run.figure("plane", "Where the encoder puts the test digits, which it was not told", figure)
         ticks = torch.special.ndtri(torch.linspace(0.02, 0.98, 20))  # equally likely cells
         z = torch.cartesian_prod(ticks.flip(0), ticks).flip(1).to(x)  # rows from top: z_2 falls
-        shown = [f"{tick:.1f}" for tick in ticks.tolist()]
-        run.grid("map", "What the decoder makes of the plane", images_of(model.decoder(z)), 20,
-                 (9, 9), "z_1", "z_2", shown, shown[::-1])
+        shown = [f"{tick:.1f}" for tick in ticks]
+        run.grid("map", "What the decoder makes of the plane",
+                 model.decoder(z).view(-1, 1, 28, 28), 20, (9, 9), "z_1", "z_2", shown, shown[::-1])
     return used
 
 def draw_images(run, model, x):
     """Reconstructions, interpolations and samples."""
+    pairs = torch.cat([x[:10], model.reconstruct(x[:10])]).view(-1, 1, 28, 28)
     run.grid("reconstructions", f"Test images, and what {model.latent_dim} numbers keep of them",
-             images_of(torch.cat([x[:10], model.reconstruct(x[:10])])), 10, (8, 2.2),
-             yticks=["x", "x̂"])
-    ends = model.encoder(x[:12])[0].view(2, 6, -1)  # means of (12, 784) -> two ends of six paths
-    path = torch.linspace(0, 1, 11).to(x).view(1, -1, 1)
-    z = torch.lerp(ends[0][:, None], ends[1][:, None], path)  # (6, 1, L) -> (6, 11, L)
+             pairs, 10, (8, 2.2), yticks=["x", "x̂"])
+    start, end = model.encoder(x[:12])[0].view(2, 6, 1, -1)  # means: two ends of six paths
+    z = torch.lerp(start, end, torch.linspace(0, 1, 11).to(x).view(-1, 1))  # (6, 11, latent_dim)
     run.grid("interpolation", "Straight lines in z between the test images of the outer columns",
-             images_of(model.decoder(z.flatten(0, 1))), 11, (8, 4.8))
-    if run.config.samples:
-        images = images_of(model.sample(run.config.samples))
-        shown = min(len(images) // 10 * 10 or len(images), 100)
-        run.grid("samples", "Samples: z from the prior, then x̂(z)", images[:shown],
-                 min(shown, 10), (6, 6.3))
-        run.samples(images)
+             model.decoder(z).view(-1, 1, 28, 28), 11, (8, 4.8))
+    images = model.sample(max(100, run.config.samples)).view(-1, 1, 28, 28)
+    run.grid("samples", "Samples: z from the prior, then x̂(z)", images[:100], 10, (6, 6.3))
+    run.samples(images[:run.config.samples])
 
 # ---- Plumbing: the same in every file ------------------------------------------------------------
 
 import argparse, gzip, hashlib, io, json, os, re, shutil, signal  # noqa: E401
-import sys, tempfile, time, urllib.request  # noqa: E401
+import sys, time, urllib.request, zipfile  # noqa: E401
 from pathlib import Path
+import matplotlib
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
            "https://storage.googleapis.com/cvdf-datasets/mnist/")
@@ -294,6 +284,7 @@ MNIST = {  # file name: SHA-256 of its unzipped content
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
 FACES = ("DejaVu Sans", "DejaVu Sans:bold", "DejaVu Sans:oblique", "DejaVu Serif", "cmr10",
          "DejaVu Serif:italic", "DejaVu Sans Mono", "STIXGeneral", "STIXGeneral:italic", "cmss10")
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # all eyes tell apart
 
 def parse(argv=None):
     """Flags from Config: a field's comment is its help, a bracket at the end what is allowed."""
@@ -322,9 +313,9 @@ def parse(argv=None):
 def whole(path, write):
     """Lets `write(file)` finish in memory, then moves a file into place: all of it or nothing."""
     write(memory := io.BytesIO())
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(memory.getvalue())
         part.replace(path)
     except OSError as fault:
@@ -333,19 +324,17 @@ def whole(path, write):
         part.unlink(missing_ok=True)
 
 def download(path, digest):
-    """Fetches a gzipped file to `path`. Raises ConnectionError when no mirror has it right."""
+    """Fetches a gzipped file to `path`. Raises ConnectionError when that fails everywhere."""
     for mirror in MIRRORS:
         try:
             print(f"downloading {mirror}{path.name}", flush=True)
             raw = urllib.request.urlopen(mirror + path.name, timeout=10).read()
-            if hashlib.sha256(gzip.decompress(raw)).hexdigest() != digest:
-                raise ValueError("its content is not MNIST")
-            break
+            if hashlib.sha256(gzip.decompress(raw)).hexdigest() == digest:
+                return whole(path, lambda file: file.write(raw))
+            reason = "what came is not MNIST"
         except Exception as fault:  # whatever it was, the next mirror may do better
             reason = fault
-    else:
-        raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
-    whole(path, lambda file: file.write(raw))
+    raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
 
 def load_mnist(folder):
     """Train images, train labels, test images, test labels: uint8 (N, 28, 28) and int64 (N,).
@@ -407,13 +396,16 @@ class Run:
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(k for k in has if has[k]) if config.device == "auto" else config.device
         if not has[name]:
-            print(f"--device {name}: torch finds none; auto takes what is there", file=sys.stderr)
+            print(f"{self.script}.py: --device {name} is not to be had here, auto takes what is",
+                  file=sys.stderr)
             raise SystemExit(2)
         self.device = torch.device(name)
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLORS)
         self.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.out).close()  # fails now, not after the training
+        if not os.access(self.out, os.W_OK):  # fails now, not after the training
+            raise PermissionError(13, "cannot be written", str(self.out))
 
     def data(self):
         """`load_mnist` on the device, cut to `train_size`; drawn digits where it cannot be had."""
@@ -425,7 +417,7 @@ class Run:
                 arrays, self.dataset = load_mnist(folder), folder.resolve().name
         except ConnectionError as fault:
             print(f"{fault}, and {folder} does not have it.\n"
-                  "Going on with digits drawn from matplotlib's fonts, as --data drawn does.")
+                  "Going on with digits drawn from fonts; --data FOLDER names another place.")
         tests = min(max(size, 100), 10000)
         arrays = arrays or [*draw_characters(size, 0), *draw_characters(tests, 1)]
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
@@ -433,14 +425,15 @@ class Run:
     def batches(self, count, report=dict, per_epoch=1):
         """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
         `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
-        to the history. Raises SystemExit when a logged term is not finite."""
+        to the history. Raises SystemExit when one of them is not finite."""
         def interrupt(*_):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(2, b"\nCtrl-C: training ends, evaluating and saving (again: stops at once)\n")
         before = signal.signal(signal.SIGINT, interrupt)
-        size, past = min(self.config.batch_size, count), len(self.history) / per_epoch
-        steps, clock, shown, tty = count // size, time.time(), 0, sys.stdout.isatty()
+        past = self.history[-1]["epoch"] if self.history else 0
+        size, tty = min(self.config.batch_size, count), sys.stdout.isatty()
+        steps, clock, shown = count // size, time.time(), 0
         self.steps, self.sums, self.logged = steps * self.config.epochs, {}, 0
         while self.step < self.steps and not self.stopped:
             start = self.step % steps * size
@@ -449,14 +442,13 @@ class Run:
             self.step, epoch = self.step + 1, past + (self.step + 1) / steps
             due = self.step * per_epoch % steps < per_epoch or self.stopped
             if due or tty and time.time() - shown > 0.5:
-                row = {k: float(v) / self.logged for k, v in self.sums.items()}
+                row, shown = {k: float(v) / self.logged for k, v in self.sums.items()}, time.time()
+                row.update(report() if due else {})
                 if not all(map(math.isfinite, row.values())):
                     raise SystemExit(f"The loss is not finite after {self.step} steps; try a lower "
                                      f"--lr than {self.config.lr:g}. Nothing was overwritten.")
-                shown = time.time()
                 self.rate = self.step * size / (shown - clock)
                 if due:
-                    row.update(report())
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
                 left = (self.steps - self.step) * size / self.rate
@@ -483,7 +475,8 @@ class Run:
         tiles = F.pad(unit(images), (1, 1, 1, 1), value=0.5)  # a gray rim
         N, C, H, W = tiles.shape
         tiles = tiles.view(N // across, across, C, H, W).permute(0, 3, 1, 4, 2)
-        axes.imshow(tiles.reshape(-1, across * W, C).squeeze(2), cmap="gray", vmin=0, vmax=1)
+        tiles = tiles.reshape(-1, across * W, C).squeeze(2).numpy()
+        axes.imshow(tiles, cmap="gray", vmin=0, vmax=1)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_xticks([W * i + W // 2 for i in range(len(xticks))], xticks)
         axes.set_yticks([H * i + H // 2 for i in range(len(yticks))], yticks)
@@ -508,10 +501,12 @@ class Run:
             return
         here = dict(script=self.script, **{k: self.settings[k] for k in SHAPES})
         try:
+            if zipfile.ZipFile(self.config.load).testzip():  # torch does not look at its checksums
+                raise ValueError
             kept = torch.load(self.config.load, map_location="cpu", weights_only=True)
             there = dict(kept["settings"], script=kept["script"])
-            odd = [f"its {k} is {there.get(k)}, not {here[k]}" for k in here
-                   if there.get(k) != here[k]]
+            odd = [f"its {k} is {there.get(k)}, not {v}" for k, v in here.items()
+                   if there.get(k) != v]
             odd or model.load_state_dict(kept["state_dict"])
             self.history = kept["history"]
         except Exception as fault:  # torch, pickle and zip each raise their own
@@ -539,27 +534,28 @@ def launch(main):
         sys.exit(main())
     except KeyboardInterrupt:
         code, what = 130, "stopped; every file is whole, some may be those of an earlier run"
-    except torch.cuda.OutOfMemoryError:
-        code, what = 1, "the device is out of memory; try a smaller --batch-size"
     except OSError as fault:
         code, what = 1, f"{fault.filename or 'output'}: {fault.strerror or fault}"
+    except (MemoryError, RuntimeError) as fault:
+        if "memory" not in repr(fault).lower():
+            raise
+        code, what = 1, "out of memory; try a smaller --batch-size"
     print(f"{Path(__file__).name}: {what}", file=sys.stderr)
     sys.exit(code)
 
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    run = Run(config := parse(argv))
+    run = Run(c := parse(argv))
     images, _, test_images, test_labels = run.data()
-    model = VAE(config.latent_dim, config.hidden_dim, config.layers,
-                getattr(nn, config.activation), config.sigma).to(run.device)
+    activation, x = getattr(nn, c.activation), flat(test_images)
+    model = VAE(c.latent_dim, c.hidden_dim, c.layers, activation, c.sigma).to(run.device)
     run.load(model)
     train(run, model, images, test_images)
     run.save(model)
-    results = evaluate(run, model, images, test_images)
+    results = evaluate(run, model, images, x)
     draw_training(run)
     with torch.no_grad():
-        x = flat(test_images)
         used = draw_latents(run, model, x, test_labels)
         draw_images(run, model, x)
     return run.finish(**results, latents_in_use=used)

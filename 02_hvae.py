@@ -9,16 +9,15 @@ A second latent z2 explains the first, z1, and z1 explains the image (App. C.1):
 
 each estimated at one drawn pair z1, z2 (App. C.3), in nats with all constants.
 
-1. As printed the code stops: the imports are commented out, so `nn` is undefined. And log(sigma**2)
-   is -inf once σ² underflows; here the log σ² that the networks give is used as it is.
+1. As printed the code stops: imports and two classes are commented out, so `nn` is undefined. And
+   log(sigma**2) is -inf once σ² underflows; here the log σ² that the networks give stays as it is.
 2. The text computes level 1 as KL(q(z1 | x) ‖ p(z1 | z2)) in closed form. That draws z1 afresh, but
-   z2 came from this very z1: in the bound the pair belongs together. What the text maximizes is a
-   bound for another posterior, which charges a z2 for all it knows of the noise in its z1. With
-   p(z1 | z2) = N(b z2, 1) and a mean a z1 of z2 it is off by a·b·σ1². At σ = 1 that is enough to
-   switch z2 off.
+   z2 came from this very z1: the pair belongs together. The closed form charges a z2 for all it
+   knows of the noise in its z1: a·b·σ1² nats a dimension for p(z1 | z2) = N(b z2, 1) and a mean
+   a z1 of z2. At σ = 1 that is enough to switch z2 off.
 3. p(x | z1) = N(x̂, I). With σ = 1 an image is worth few nats (01_vae.py), and z1 hardly needs a
-   better prior. σ is learned here. The variance of p(z1 | z2), 1 in the text, would only set the
-   unit of z1 if it were the same everywhere; here it depends on z2.
+   better prior. Here σ is learned, and the variance of p(z1 | z2) depends on z2: one that is the
+   same everywhere, like the text's 1, would only set the unit of z1.
 
 Run     python 02_hvae.py    (--as-printed: the text's network, settings and loss; --quick; --help)
 Expect  on two CPU cores 2.5 minutes; five pictures, samples, weights in out/02_hvae. Three models
@@ -30,12 +29,12 @@ Expect  on two CPU cores 2.5 minutes; five pictures, samples, weights in out/02_
         two levels, σ = 1, text's loss  -739       7      0.0004        689             1.7%
         the same, fault 2 mended        -739       3      3.4           591             0.7%
         --as-printed (4 minutes)        -740       6      0.001         822             1.4%
-        The text's loss (App. C.4) with the text's settings falls to 38.62. Real MNIST, seed 0, two
-        cores of an AMD EPYC, 2026-11-22. Samples gain because N(0, I) puts z1 where the encoder
-        puts few images (prior.png shows it in a plane); p(z1) = ∫ p(z1 | z2) p(z2) dz2 learns where
-        they are. The samples at σ = 1 are smooth, and half of them look like an 8.
-Try     `exact=True` for all models in `train` (line 4 of the table); --latent-dim 5; --warmup 0
-        (makes little difference here).
+        The text's loss (App. C.4) with its settings falls to 38.62. Real MNIST, seed 0, two cores
+        of an AMD EPYC, 2026-11-22. Samples gain because N(0, I) puts z1 where the encoder puts few
+        images (prior.png shows it); p(z1) = ∫ p(z1 | z2) p(z2) dz2 learns where they are.
+Try     easy: --as-printed. What is z2 good for then?
+        medium: --latent-dim 5. Which level loses the most nats, and what do the samples lose?
+        harder: `exact=True` for all models in `train` (line 4 of the table).
 """
 
 import math
@@ -96,23 +95,23 @@ def mlp(input_dim, hidden_dim, output_dim, layers, activation):
                          activation(), nn.Linear(hidden_dim, output_dim))
 
 class GaussianNet(nn.Module):
-    """x (N, D) -> mu, logvar of a Gaussian over (N, output_dim) that x determines.
-
-    `unit` fixes the variance to 1, as the text does for p(z1 | z2): then logvar is 0."""
+    """x (N, D) -> mu, logvar of a Gaussian over (N, output_dim) that x determines. `unit` fixes the
+    variance to 1, as the text does for p(z1 | z2): then logvar is 0."""
 
     def __init__(self, input_dim, hidden_dim, output_dim, layers, activation, unit=False):
         super().__init__()
         self.unit = unit
-        self.net = mlp(input_dim, hidden_dim, (1 if unit else 2) * output_dim, layers, activation)
+        self.net = mlp(input_dim, hidden_dim, (2 - unit) * output_dim, layers, activation)
 
     def forward(self, x):
         if self.unit:
-            return (mu := self.net(x)), torch.zeros_like(mu)
+            mu = self.net(x)
+            return mu, 0 * mu
         mu, logvar = self.net(x).chunk(2, 1)  # (N, 2 output_dim) -> 2 x (N, output_dim)
         return mu, logvar.clamp(-20, 20)  # σ from e^-10 to e^10: whatever the net says, finite
 
 def reparameterize(mu, logvar):
-    """A draw from N(μ, σ²) through which gradients reach μ and log σ²."""
+    """A draw z = μ + σ ε from N(μ, σ²) through which gradients reach μ and log σ² (App. C.3)."""
     return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
 
 def gaussian_log_density(x, mu, logvar):
@@ -126,10 +125,9 @@ def gaussian_kl(mu, logvar, prior_mu, prior_logvar):
                   + (mu - prior_mu).square() * torch.exp(-prior_logvar))
 
 class TwoLevelVAE(nn.Module):
-    """p(z2) p(z1 | z2) p(x | z1) and q(z1 | x) q(z2 | z1); x (N, D), pixels in [0, 1].
-
-    `printed` fixes the variances of p(x | z1) and p(z1 | z2) to 1, as the text does. With
-    `levels=1` there is no z2 and p(z1) = N(0, I), as in 01_vae.py."""
+    """p(z2) p(z1 | z2) p(x | z1) and q(z1 | x) q(z2 | z1); x (N, D), pixels in [0, 1]. `printed`
+    fixes the variances of p(x | z1) and p(z1 | z2) to 1, as the text does. With `levels=1` there is
+    no z2 and p(z1) = N(0, I), as in 01_vae.py."""
 
     def __init__(self, latent_dim=20, hidden_dim=256, layers=2, activation=nn.SiLU, printed=False,
                  levels=2, input_dim=784):
@@ -147,10 +145,8 @@ class TwoLevelVAE(nn.Module):
 
     def elbo(self, x, exact=True):
         """Terms in nats, each (N,): reconstruction, level 1, level 2; ELBO = first - the others.
-
-        Level 1 at the drawn pair is log q(z1 | x) - log p(z1 | z2), no KL for itself; both levels
-        together are KL(q(z1, z2 | x) ‖ p(z1, z2)). `exact=False` gives the text's
-        KL(q(z1 | x) ‖ p(z1 | z2)) for level 1 (fault 2), and is exact where there is one level."""
+        `exact=False` gives the text's KL(q(z1 | x) ‖ p(z1 | z2)) for level 1 (fault 2): exact where
+        there is one level, but with two only both together are a KL, of q(z1, z2 | x)."""
         mu1, logvar1 = self.encoder1(x)
         z1 = reparameterize(mu1, logvar1)
         prior, level2 = (0 * z1, 0 * z1), 0 * z1  # of a single level
@@ -158,9 +154,9 @@ class TwoLevelVAE(nn.Module):
             mu2, logvar2 = self.encoder2(z1)
             prior = self.decoder2(reparameterize(mu2, logvar2))
             level2 = gaussian_kl(mu2, logvar2, 0 * mu2, 0 * mu2)  # -J2
-        if exact:
+        if exact:  # -J3 at the drawn pair
             level1 = gaussian_log_density(z1, mu1, logvar1) - gaussian_log_density(z1, *prior)
-        else:  # -J3 above, at the pair; here as App. C.3, item 3
+        else:  # App. C.3, item 3
             level1 = gaussian_kl(mu1, logvar1, *prior)
         reconstruction = gaussian_log_density(x, self.decoder1(z1), self.x_logvar)  # J1
         return reconstruction.sum(1), level1.sum(1), level2.sum(1)
@@ -182,24 +178,21 @@ def flat(images):
 
 # ---- Training ------------------------------------------------------------------------------------
 
-NAMES = dict(fixed="two levels, fixed", one="one level", text="two levels, σ = 1")
-
 @torch.no_grad()
-def evaluate(models, test_images):
+def evaluate(models, test_x):
     """Test ELBO, by the exact estimate for every model, and both levels, in nats an image."""
     results = {}
     for name, model in models.items():
-        J1, level1, level2 = (term.mean().item() for term in model.elbo(flat(test_images)))
+        J1, level1, level2 = (term.mean().item() for term in model.elbo(test_x))
         results |= {name: J1 - level1 - level2, f"{name}_level1": level1, f"{name}_level2": level2}
     return results
 
-def train(run, models, images, test_images):
+def train(run, models, images, test_x):
     """Trains all models on the same batches of uint8 (N, 28, 28), each for itself: they share no
     parameters, and Adam treats every parameter alone."""
     c = run.config
-    optimizer = torch.optim.Adam(
-        models.parameters(), c.lr, fused=run.device.type in ("cuda", "cpu"))
-    for index in run.batches(len(images), lambda: evaluate(models, test_images)):
+    optimizer = torch.optim.Adam(models.parameters(), c.lr, fused=run.device.type != "mps")
+    for index in run.batches(len(images), lambda: evaluate(models, test_x)):
         x, loss = flat(images[index]), 0.0
         beta = min(1, (run.step + 1) / (c.warmup * run.steps / c.epochs + 1))  # KL warm-up
         for name, model in models.items():
@@ -217,69 +210,61 @@ def train(run, models, images, test_images):
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-STYLES = dict(fixed=("tab:blue", "-"), one=("tab:orange", "--"), text=("black", ":"))
-
-def images_of(x):
-    """(N, 784) -> (N, 1, 28, 28)."""
-    return x.view(-1, 1, 28, 28)
+NAMES = dict(fixed="two levels, fixed", one="one level", text="two levels, σ = 1")
+STYLES = dict(fixed="C0.-", one="C1.--", text="C2.:")
 
 def draw_training(run, models):
     """What each level costs, and the ELBO, over training on test images."""
     axes = (figure := Figure((12, 3.5), layout="constrained")).subplots(1, 3)
-    epochs = [row["epoch"] for row in run.history]
-    for name in models:
-        color, line = STYLES[name]
-        for ax, key in zip(axes, ("_level2", "_level1", "")):
-            if key != "_level2" or name != "one":
-                values = [row[name + key] for row in run.history]
-                ax.plot(epochs, values, color=color, ls=line, marker=".", label=NAMES[name])
-    names = ("level 2: KL(q(z2 | z1) ‖ p(z2))", "level 1: log q(z1 | x) / p(z1 | z2)", "ELBO")
-    for ax, name in zip(axes, names):
-        ax.set(xlabel="epoch", ylabel=f"{name} (nats)")
+    labels = ("level 2: KL(q(z2 | z1) ‖ p(z2))", "level 1: log q(z1 | x) / p(z1 | z2)", "ELBO")
+    epochs, last = [row["epoch"] for row in run.history], run.history[-1]
+    two = [name for name in models if name != "one"]  # those that have a level 2
+    for ax, key, label in zip(axes, ("_level2", "_level1", ""), labels):
+        for name in two if key == "_level2" else models:
+            values = [row[name + key] for row in run.history]
+            ax.plot(epochs, values, STYLES[name], label=NAMES[name])
+        ax.set(xlabel="epoch", ylabel=f"{label} (nats)")
         ax.legend()
     axes[0].set_yscale("log")
-    if len(models) > 1:  # σ = 1 costs 1,500 nats: out of sight
-        low, high = min(run.history[0]["one"], run.history[0]["fixed"]), run.history[-1]["fixed"]
+    if "one" in models:  # σ = 1 costs 1,500 nats: out of sight
+        low, high = min(run.history[0]["one"], run.history[0]["fixed"]), last["fixed"]
         axes[2].set_ylim(low - 10, high + 0.1 * (high - low) + 10)
-    last = ", ".join(f"{row:.4f} ({NAMES[name]})" for name in models
-                     if (row := run.history[-1][f"{name}_level2"]))
-    run.figure("training", f"Nats that the upper level carries at the end: {last}", figure)
+    carried = ", ".join(f"{last[name + '_level2']:.4f} ({NAMES[name]})" for name in two)
+    run.figure("training", f"Nats that the upper level carries at the end: {carried}", figure)
 
 def draw_reconstructions(run, models, x):
     """Test images from z1 and from z2 alone, and many z1 for one z2."""
-    rows, names = [x[:12]], ["x"]
+    rows = {"x": x[:12]}
     for name, model in models.items():
         mu1, _ = model.encoder1(x[:12])
-        rows.append(model.decoder1(mu1))
-        names.append(f"{NAMES[name]}: z1")
+        rows[f"{NAMES[name]}: z1"] = model.decoder1(mu1)
         if name != "one":
             mu2, _ = model.encoder2(mu1)
-            rows.append(model.decoder1(model.decoder2(mu2)[0]))
-            names.append(f"{NAMES[name]}: z2")
-    run.grid("reconstructions", "What z1 keeps of a test image, and what z2 alone keeps",
-             images_of(torch.cat(rows)), 12, (10, 0.7 * len(rows) + 0.6), yticks=names)
+            rows[f"{NAMES[name]}: z2"] = model.decoder1(model.decoder2(mu2)[0])
+    images = torch.cat(list(rows.values())).view(-1, 1, 28, 28)
+    run.grid("reconstructions", "What z1 keeps of a test image, and what z2 alone keeps", images,
+             12, (10, 0.7 * len(rows) + 0.6), yticks=list(rows))
     model = next(iter(models.values()))
     z2 = model.encoder2(model.encoder1(x[:8])[0])[0]  # (8, 784) -> (8, L)
     z1 = reparameterize(*model.decoder2(z2.repeat_interleave(11, 0)))  # (88, L)
-    drawn = images_of(model.decoder1(z1)).unflatten(0, (8, 11))
+    drawn = torch.cat([x[:8, None], model.decoder1(z1).view(8, 11, -1)], 1)  # (8, 12, 784)
     run.grid("z2", "z2 of the test image at the left, z1 drawn anew: what a row shares, z2 holds",
-             torch.cat([images_of(x[:8])[:, None], drawn], 1).flatten(0, 1), 12, (8, 5.8))
+             drawn.view(-1, 1, 28, 28), 12, (8, 5.8))
 
 def draw_samples(run, models):
     """Samples of each model; samples.npz holds those of the first."""
-    run.grid("samples", "Samples: z2 → z1 → x̂, or z1 → x̂",
-             images_of(torch.cat([model.sample(48) for model in models.values()])), 16,
+    images = torch.cat([model.sample(48) for model in models.values()]).view(-1, 1, 28, 28)
+    run.grid("samples", "Samples: z2 → z1 → x̂, or z1 → x̂", images, 16,
              (10, 1.6 * len(models) + 0.6),
              yticks=sum((["", NAMES[name], ""] for name in models), []))
-    if run.config.samples:
-        run.samples(images_of(next(iter(models.values())).sample(run.config.samples)))
+    run.samples(next(iter(models.values())).sample(run.config.samples).view(-1, 1, 28, 28))
 
 def draw_prior(run, models, x, labels):
     """q(z1), by digit, against draws from p(z1), along the two directions that part the digits."""
     names = [name for name in models if name != "text"] or ["text"]
-    axes = (figure := Figure((5 * len(names), 5), layout="constrained")).subplots(
-        1, len(names), squeeze=False)[0]
-    for ax, name in zip(axes, names):
+    figure = Figure((5 * len(names), 5), layout="constrained")
+    for place, name in enumerate(names, 1):
+        ax = figure.add_subplot(1, len(names), place)
         z = reparameterize(*models[name].encoder1(x)).cpu()
         means = torch.stack([z[labels.cpu() == digit].mean(0) for digit in labels.unique().cpu()])
         plane = torch.linalg.svd(means - means.mean(0))[2][:2].T  # (L, 2)
@@ -294,8 +279,9 @@ def draw_prior(run, models, x, labels):
 # ---- Plumbing: the same in every file ------------------------------------------------------------
 
 import argparse, gzip, hashlib, io, json, os, re, shutil, signal  # noqa: E401
-import sys, tempfile, time, urllib.request  # noqa: E401
+import sys, time, urllib.request, zipfile  # noqa: E401
 from pathlib import Path
+import matplotlib
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
            "https://storage.googleapis.com/cvdf-datasets/mnist/")
@@ -306,6 +292,7 @@ MNIST = {  # file name: SHA-256 of its unzipped content
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
 FACES = ("DejaVu Sans", "DejaVu Sans:bold", "DejaVu Sans:oblique", "DejaVu Serif", "cmr10",
          "DejaVu Serif:italic", "DejaVu Sans Mono", "STIXGeneral", "STIXGeneral:italic", "cmss10")
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # all eyes tell apart
 
 def parse(argv=None):
     """Flags from Config: a field's comment is its help, a bracket at the end what is allowed."""
@@ -334,9 +321,9 @@ def parse(argv=None):
 def whole(path, write):
     """Lets `write(file)` finish in memory, then moves a file into place: all of it or nothing."""
     write(memory := io.BytesIO())
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(memory.getvalue())
         part.replace(path)
     except OSError as fault:
@@ -345,19 +332,17 @@ def whole(path, write):
         part.unlink(missing_ok=True)
 
 def download(path, digest):
-    """Fetches a gzipped file to `path`. Raises ConnectionError when no mirror has it right."""
+    """Fetches a gzipped file to `path`. Raises ConnectionError when that fails everywhere."""
     for mirror in MIRRORS:
         try:
             print(f"downloading {mirror}{path.name}", flush=True)
             raw = urllib.request.urlopen(mirror + path.name, timeout=10).read()
-            if hashlib.sha256(gzip.decompress(raw)).hexdigest() != digest:
-                raise ValueError("its content is not MNIST")
-            break
+            if hashlib.sha256(gzip.decompress(raw)).hexdigest() == digest:
+                return whole(path, lambda file: file.write(raw))
+            reason = "what came is not MNIST"
         except Exception as fault:  # whatever it was, the next mirror may do better
             reason = fault
-    else:
-        raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
-    whole(path, lambda file: file.write(raw))
+    raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
 
 def load_mnist(folder):
     """Train images, train labels, test images, test labels: uint8 (N, 28, 28) and int64 (N,).
@@ -419,13 +404,16 @@ class Run:
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(k for k in has if has[k]) if config.device == "auto" else config.device
         if not has[name]:
-            print(f"--device {name}: torch finds none; auto takes what is there", file=sys.stderr)
+            print(f"{self.script}.py: --device {name} is not to be had here, auto takes what is",
+                  file=sys.stderr)
             raise SystemExit(2)
         self.device = torch.device(name)
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLORS)
         self.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.out).close()  # fails now, not after the training
+        if not os.access(self.out, os.W_OK):  # fails now, not after the training
+            raise PermissionError(13, "cannot be written", str(self.out))
 
     def data(self):
         """`load_mnist` on the device, cut to `train_size`; drawn digits where it cannot be had."""
@@ -437,7 +425,7 @@ class Run:
                 arrays, self.dataset = load_mnist(folder), folder.resolve().name
         except ConnectionError as fault:
             print(f"{fault}, and {folder} does not have it.\n"
-                  "Going on with digits drawn from matplotlib's fonts, as --data drawn does.")
+                  "Going on with digits drawn from fonts; --data FOLDER names another place.")
         tests = min(max(size, 100), 10000)
         arrays = arrays or [*draw_characters(size, 0), *draw_characters(tests, 1)]
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
@@ -445,14 +433,15 @@ class Run:
     def batches(self, count, report=dict, per_epoch=1):
         """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
         `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
-        to the history. Raises SystemExit when a logged term is not finite."""
+        to the history. Raises SystemExit when one of them is not finite."""
         def interrupt(*_):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(2, b"\nCtrl-C: training ends, evaluating and saving (again: stops at once)\n")
         before = signal.signal(signal.SIGINT, interrupt)
-        size, past = min(self.config.batch_size, count), len(self.history) / per_epoch
-        steps, clock, shown, tty = count // size, time.time(), 0, sys.stdout.isatty()
+        past = self.history[-1]["epoch"] if self.history else 0
+        size, tty = min(self.config.batch_size, count), sys.stdout.isatty()
+        steps, clock, shown = count // size, time.time(), 0
         self.steps, self.sums, self.logged = steps * self.config.epochs, {}, 0
         while self.step < self.steps and not self.stopped:
             start = self.step % steps * size
@@ -461,14 +450,13 @@ class Run:
             self.step, epoch = self.step + 1, past + (self.step + 1) / steps
             due = self.step * per_epoch % steps < per_epoch or self.stopped
             if due or tty and time.time() - shown > 0.5:
-                row = {k: float(v) / self.logged for k, v in self.sums.items()}
+                row, shown = {k: float(v) / self.logged for k, v in self.sums.items()}, time.time()
+                row.update(report() if due else {})
                 if not all(map(math.isfinite, row.values())):
                     raise SystemExit(f"The loss is not finite after {self.step} steps; try a lower "
                                      f"--lr than {self.config.lr:g}. Nothing was overwritten.")
-                shown = time.time()
                 self.rate = self.step * size / (shown - clock)
                 if due:
-                    row.update(report())
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
                 left = (self.steps - self.step) * size / self.rate
@@ -495,7 +483,8 @@ class Run:
         tiles = F.pad(unit(images), (1, 1, 1, 1), value=0.5)  # a gray rim
         N, C, H, W = tiles.shape
         tiles = tiles.view(N // across, across, C, H, W).permute(0, 3, 1, 4, 2)
-        axes.imshow(tiles.reshape(-1, across * W, C).squeeze(2), cmap="gray", vmin=0, vmax=1)
+        tiles = tiles.reshape(-1, across * W, C).squeeze(2).numpy()
+        axes.imshow(tiles, cmap="gray", vmin=0, vmax=1)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_xticks([W * i + W // 2 for i in range(len(xticks))], xticks)
         axes.set_yticks([H * i + H // 2 for i in range(len(yticks))], yticks)
@@ -520,10 +509,12 @@ class Run:
             return
         here = dict(script=self.script, **{k: self.settings[k] for k in SHAPES})
         try:
+            if zipfile.ZipFile(self.config.load).testzip():  # torch does not look at its checksums
+                raise ValueError
             kept = torch.load(self.config.load, map_location="cpu", weights_only=True)
             there = dict(kept["settings"], script=kept["script"])
-            odd = [f"its {k} is {there.get(k)}, not {here[k]}" for k in here
-                   if there.get(k) != here[k]]
+            odd = [f"its {k} is {there.get(k)}, not {v}" for k, v in here.items()
+                   if there.get(k) != v]
             odd or model.load_state_dict(kept["state_dict"])
             self.history = kept["history"]
         except Exception as fault:  # torch, pickle and zip each raise their own
@@ -551,34 +542,35 @@ def launch(main):
         sys.exit(main())
     except KeyboardInterrupt:
         code, what = 130, "stopped; every file is whole, some may be those of an earlier run"
-    except torch.cuda.OutOfMemoryError:
-        code, what = 1, "the device is out of memory; try a smaller --batch-size"
     except OSError as fault:
         code, what = 1, f"{fault.filename or 'output'}: {fault.strerror or fault}"
+    except (MemoryError, RuntimeError) as fault:
+        if "memory" not in repr(fault).lower():
+            raise
+        code, what = 1, "out of memory; try a smaller --batch-size"
     print(f"{Path(__file__).name}: {what}", file=sys.stderr)
     sys.exit(code)
 
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    run = Run(config := parse(argv))
+    run = Run(c := parse(argv))
     images, _, test_images, test_labels = run.data()
-    shape = (config.latent_dim, config.hidden_dim, config.layers, getattr(nn, config.activation))
+    shape, x = (c.latent_dim, c.hidden_dim, c.layers, getattr(nn, c.activation)), flat(test_images)
     models = nn.ModuleDict(dict(text=TwoLevelVAE(*shape, printed=True)))
-    if not config.as_printed:
+    if not c.as_printed:
         models = nn.ModuleDict(dict(
             fixed=TwoLevelVAE(*shape), one=TwoLevelVAE(*shape, levels=1), **models))
     run.load(models.to(run.device))
-    train(run, models, images, test_images)
+    train(run, models, images, x)
     run.save(models)
-    results, x = evaluate(models, test_images), flat(test_images)
-    for name in models:
-        print(f"{NAMES[name]:17}  test ELBO {results[name]:7.1f} nats, level 1 "
-              f"{results[name + '_level1']:6.2f}, level 2 {results[name + '_level2']:7.4f}")
+    results = evaluate(models, x)
     with torch.no_grad():
         J1, level1, level2 = (v.mean().item() for v in models["text"].elbo(x, exact=False))
         results["text_loss"] = -2 * (J1 - level1 - level2) - x.shape[1] * math.log(2 * math.pi)
-        print(f"the text's loss as printed (App. C.4): {results['text_loss']:.2f}")
+        print("test ELBO and levels, nats an image, and the text's loss as printed (App. C.4)")
+        for name, value in results.items():
+            print(f"{name:20}", np.round(value, 4))
         draw_training(run, models)
         draw_reconstructions(run, models, x)
         draw_prior(run, models, x, test_labels)

@@ -12,7 +12,6 @@ A chain without parameters turns an image x_0 into noise x_T; a network learns t
     L_simple = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖²                   without w_t, eq. 5.36
 
 Training minimizes L_simple with a milder weight, 1/ᾱ_t, and t drawn by `draw_t`: same minimum.
-
 Everywhere t runs from 1 to T and ᾱ_0 = 1; pixels are in [-1, 1]. Equations 5.x and exercises (ex.)
 are those of the book's chapter 5, sections (§) those of the text on diffusion theory.
 
@@ -28,8 +27,9 @@ Expect  on two CPU cores first digits after 1 minute and the end after 11; eight
         1,000 real test images             98%            7.7%               12
         Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-21. There the network and loop
         of the book, rebuilt, take 14 minutes for one of ten epochs, a fifth of the images a second.
-Try     --eta 0, 1, 3 or --sampler ddpm --steps 1000 on saved weights (--epochs 0 --load
-        out/03_ddpm/model.pt); t drawn uniformly in `draw_t`; without the 1/ᾱ_t in `train`.
+Try     easy: --eta 0, --eta 3 or --steps 10 on saved weights (--epochs 0 --load
+        out/03_ddpm/model.pt); medium: t drawn uniformly (u = torch.rand(count) in `draw_t`);
+        harder: plain L_simple (loss = simple.mean() in `train`): which terms of the bound suffer?
 """
 
 import copy
@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
+from torch.distributions import Beta, Normal
 
 @dataclass
 class Config:
@@ -72,93 +73,78 @@ PIXELS = (-1, 1)  # black and white, in the range that noise N(0, I) goes with
 
 class Diffusion:
     """The chain q, the model p built on a network for ε, and the bound between them.
-
     `model(x_t, t)` is any function from (B, ...) and t (B,) to an estimate of ε (B, ...).
     `alpha_bars[t]` is ᾱ_t for t = 0..T, `betas[t]` is β_t for t = 1..T (β_0 = 0 is a filler), both
-    float64 on the CPU; they are used in the precision of the images."""
+    float64 on the CPU; factors made of them are rounded once, to the precision of the images."""
 
     def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02):
         self.T = T
-        betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
-        self.betas = F.pad(betas, (1, 0))
+        self.betas = F.pad(torch.linspace(beta_start, beta_end, T, dtype=torch.float64), (1, 0))
         self.alpha_bars = torch.cumprod(1 - self.betas, 0)  # ᾱ_0 = 1
 
-    @staticmethod
-    def like(values, x):
-        """(B,) -> (B, 1, ..., 1) with the precision and device of x (B, ...)."""
-        return values.to(x).view(-1, *[1] * (x.dim() - 1))
+    def bar(self, t, x):
+        """ᾱ_t for t (B,), of shape (B, 1, ..., 1) to go with x (B, ...)."""
+        return self.alpha_bars[t.cpu()].view(-1, *[1] * (x.dim() - 1))
 
-    def pair(self, t, s=None):
-        """ᾱ_t, ᾱ_s and α = ᾱ_t/ᾱ_s, each (B,), for a step from t back to s (t-1 by default)."""
-        bar_t, bar_s = self.alpha_bars[t.cpu()], self.alpha_bars[(t - 1 if s is None else s).cpu()]
-        return bar_t, bar_s, bar_t / bar_s
-
-    def q_step(self, x, t, noise=None):
+    def q_step(self, x, t, noise):
         """One step x_{t-1} -> x_t of the chain (text §8.2.1); t (B,)."""
-        noise = torch.randn_like(x) if noise is None else noise
-        beta = self.like(self.betas[t.cpu()], x)
-        return (1 - beta).sqrt() * x + beta.sqrt() * noise
+        alpha = self.bar(t, x) / self.bar(t - 1, x)  # 1 - β_t
+        return alpha.sqrt().to(x) * x + (1 - alpha).sqrt().to(x) * noise
 
     def q_sample(self, x0, t, noise):
         """All t steps at once, x_0 -> x_t (text §8.4.3, eq. 5.25); t (B,)."""
-        bar = self.alpha_bars[t.cpu()]
-        return self.like(bar.sqrt(), x0) * x0 + self.like((1 - bar).sqrt(), x0) * noise
+        bar = self.bar(t, x0)
+        return bar.sqrt().to(x0) * x0 + (1 - bar).sqrt().to(x0) * noise
 
     def q_posterior(self, x0, x_t, t, s=None):
         """Mean (B, ...) and variance (B, 1, ...) of q(x_s | x_t, x_0), by Bayes' rule (eq. 5.28).
-
         s < t is t-1 by default, an earlier step when sampling skips; at s = 0 the variance is 0."""
-        bar_t, bar_s, alpha = self.pair(t, s)
+        bar_t, bar_s = self.bar(t, x0), self.bar(t - 1 if s is None else s, x0)
+        alpha = bar_t / bar_s  # 1 - β_t when s = t-1
         on_x0 = bar_s.sqrt() * (1 - alpha) / (1 - bar_t)
         on_xt = alpha.sqrt() * (1 - bar_s) / (1 - bar_t)
-        mean = self.like(on_x0, x0) * x0 + self.like(on_xt, x0) * x_t
-        return mean, self.like((1 - alpha) * (1 - bar_s) / (1 - bar_t), x0)
+        variance = (1 - alpha) * (1 - bar_s) / (1 - bar_t)  # β̃_t
+        return on_x0.to(x0) * x0 + on_xt.to(x0) * x_t, variance.to(x0)
 
     def predict_x0(self, x_t, t, eps):
         """The x_0 from which this noise leads to x_t: q_sample solved for x_0."""
-        bar = self.alpha_bars[t.cpu()]
-        return self.like(1 / bar.sqrt(), x_t) * x_t - self.like((1 / bar - 1).sqrt(), x_t) * eps
+        bar = self.bar(t, x_t)
+        return (1 / bar.sqrt()).to(x_t) * x_t - (1 / bar - 1).sqrt().to(x_t) * eps
 
     def p_mean_variance(self, model, x_t, t, s=None, sigma="beta", clip=True):
         """Mean, variance of p_θ(x_s | x_t) and x̂_0 behind them (eq. 5.32 where it is not clipped).
-
         σ² = β_t ("beta") is right for data of unit variance, β̃_t ("tilde") for a single known
         image; the truth lies between. `clip` keeps x̂_0 in the range of pixels, [-1, 1]."""
         x0 = self.predict_x0(x_t, t, model(x_t, t))
         x0 = x0.clamp(-1, 1) if clip else x0
         mean, variance = self.q_posterior(x0, x_t, t, s)
         if sigma == "beta":
-            variance = self.like(1 - self.pair(t, s)[2], x_t)
+            beta = 1 - self.bar(t, x_t) / self.bar(t - 1 if s is None else s, x_t)
+            variance = beta.to(x_t)
         return mean, variance, x0
 
     def simple_loss(self, model, x0, t, noise):
-        """L_simple per image (B,): squared error of ε, mean over pixels (eq. 5.36).
-
-        A model that answers 0 scores 1."""
-        error = model(self.q_sample(x0, t, noise), t) - noise
-        return error.square().flatten(1).mean(1)
+        """L_simple per image (B,): squared error of ε, mean over pixels (eq. 5.36)."""
+        return (model(self.q_sample(x0, t, noise), t) - noise).square().flatten(1).mean(1)
 
     def dropped_weight(self, t):
         """The factor of E ‖ε - ε_θ‖² in L_{t-1} that L_simple drops, for σ_t² = β_t (ex. 5.6)."""
-        beta, bar = self.betas[t.cpu()], self.alpha_bars[t.cpu()]
+        beta, bar = self.betas[t], self.alpha_bars[t]
         return beta / (2 * (1 - beta) * (1 - bar))  # β_t² / (2 σ_t² α_t (1-ᾱ_t))
 
     @torch.no_grad()
     def vlb(self, model, x0):
-        """The whole bound on -log p_θ(x_0), in bits/dim, for σ_t² = β_t (eq. 5.27).
-
-        Takes 8-bit images scaled to [-1, 1]. Returns L_T (B,); terms (B, T), L_{t-1} in column t-1
-        and so L_0 in column 0, each at one drawn x_t; and ex. 5.5's approximation of L_0 (B,)."""
+        """The whole bound on -log p_θ(x_0), in bits/dim, for σ_t² = β_t (eq. 5.27), of 8-bit images
+        in [-1, 1]. Returns L_T (B,); terms (B, T), L_{t-1} in column t-1 and so L_0 in column 0,
+        each at one drawn x_t; and the approximation of L_0 (B,) in ex. 5.5."""
         bits = 1 / (x0[0].numel() * math.log(2))  # nats of an image -> bits/dim
         bar, terms = self.alpha_bars[-1].item(), []
         L_T = 0.5 * (bar * x0.square() - bar - math.log1p(-bar)).flatten(1).sum(1)  # KL to N(0, I)
-        for step in range(1, self.T + 1):
-            t = torch.full((len(x0),), step)
+        for t in torch.arange(1, self.T + 1)[:, None].expand(-1, len(x0)):  # (T, B)
             x_t = self.q_sample(x0, t, torch.randn_like(x0))
             mean, variance, _ = self.p_mean_variance(model, x_t, t)
-            if step == 1:
-                parts = (v.cpu() for v in (x0, mean, variance.sqrt()))  # log_ndtr is not everywhere
-                nats = -discretized_log_likelihood(*parts).to(x0)  # eq. 5.34
+            if t[0] == 1:
+                nats = -discretized_log_likelihood(x0, mean, variance.sqrt())  # eq. 5.34
                 near = (x0 - mean).square() / (2 * variance) + (  # ex. 5.5, with its constant
                     0.5 * torch.log(2 * math.pi * variance) - math.log(2 / 255))
             else:
@@ -167,24 +153,23 @@ class Diffusion:
         return L_T * bits, torch.stack(terms, 1) * bits, near.flatten(1).sum(1) * bits
 
     @torch.no_grad()
-    def sample(self, model, x, steps=None, sampler="ddpm", sigma="beta", eta=1.0, watch=None):
+    def sample(self, model, x, steps=None, sampler="ddpm", sigma="beta", eta=1.0,
+               watch=lambda t, x_t, x0: None):
         """From noise x = x_T (B, ...) back to x_0 (B, ...) in `steps` network calls (T by default).
-
         "ddpm" draws from p_θ(x_s | x_t). "ddim" draws noise of variance η² β̃ and fills up with the
         noise it sees in x_t (arXiv:2010.02502 eq. 12, 16); η = 1 is "ddpm" with σ² = β̃. The last
         step draws none. `watch(t, x_t, x̂_0)` sees every step."""
         times = torch.linspace(self.T, 0, min(steps or self.T, self.T) + 1).round().long()
-        for t, s in zip(times[:-1].tolist(), times[1:].tolist()):
-            t, s = torch.full((len(x),), t), torch.full((len(x),), s)
+        times = times[:, None].expand(-1, len(x))  # (steps + 1, B)
+        for t, s in zip(times, times[1:]):
             mean, variance, x0 = self.p_mean_variance(model, x, t, s, sigma)
-            if watch:
-                watch(t[0].item(), x, x0)
+            watch(t[0].item(), x, x0)
             if sampler == "ddim":
-                bar_t, bar_s, _ = self.pair(t, s)
-                room = self.like(1 - bar_s, x)  # all the noise there may be in x_s
+                bar_t, bar_s = self.bar(t, x), self.bar(s, x)
+                room = (1 - bar_s).to(x)  # all the noise there may be in x_s
                 variance = (eta ** 2 * self.q_posterior(x0, x, t, s)[1]).minimum(room)  # eq. 16
-                eps = (x - self.like(bar_t.sqrt(), x) * x0) / self.like((1 - bar_t).sqrt(), x)
-                mean = self.like(bar_s.sqrt(), x) * x0 + (room - variance).sqrt() * eps  # eq. 12
+                eps = (x - bar_t.sqrt().to(x) * x0) / (1 - bar_t).sqrt().to(x)
+                mean = bar_s.sqrt().to(x) * x0 + (room - variance).sqrt() * eps  # eq. 12
             x = mean + variance.sqrt() * torch.randn_like(x) if s[0] > 0 else mean
         return x
 
@@ -195,31 +180,27 @@ def gaussian_kl(mean1, variance1, mean2, variance2):
 
 def discretized_log_likelihood(x0, mean, std):
     """log of the mass N(mean, std²) has on the bin of an 8-bit pixel, in nats (eq. 5.34, 5.35).
-
     x0 holds k/127.5 - 1 for k = 0..255; bins are 2/255 wide, the outermost reach to infinity."""
     lower = torch.where(x0 < -0.999, -math.inf, (x0 - 1 / 255 - mean) / std)
     upper = torch.where(x0 > 0.999, math.inf, (x0 + 1 / 255 - mean) / std)
     flip = lower + upper > 0  # into the left tail, where the logarithms keep their digits
-    lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
-    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    return log_upper + torch.log(-torch.expm1(log_lower - log_upper))
+    edges = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    low, high = (torch.special.log_ndtr(e.cpu()).to(e) for e in edges)  # not on every device
+    return high + torch.log(-torch.expm1(low - high))
 
-def transition_density(r, x, t, z, beta_start=0.1, beta_end=20.0):
+def transition_density(r, x, t, z):
     """u(r, x; t, z): density at z, time t, of the chain's limit T -> ∞ started from x at time r.
+    The limit is dX = -β(t) X/2 dt + √β(t) dW, β(t) = 0.1 + 19.9 t (ex. 5.3; not for training)."""
+    integral = (t - r) * (0.1 + 19.9 * (t + r) / 2)  # ∫ β from r to t
+    return Normal(x * torch.exp(-integral / 2), (-torch.expm1(-integral)).sqrt()).log_prob(z).exp()
 
-    The limit is dX = -β(t) X/2 dt + √β(t) dW for t in [0, 1] (ex. 5.3; not used in training)."""
-    integral = (t - r) * (beta_start + (beta_end - beta_start) * (t + r) / 2)  # ∫ β from r to t
-    mean, variance = x * torch.exp(-integral / 2), -torch.expm1(-integral)
-    return torch.exp(-(z - mean) ** 2 / (2 * variance)) / torch.sqrt(2 * math.pi * variance)
-
-def backward_residual(r, x, t, z, beta_start=0.1, beta_end=20.0):
-    """∂u/∂r + b ∂u/∂x + (a/2) ∂²u/∂x² with b = -β x/2 and a = β: 0 by Kolmogorov (ex. 5.3).
-
-    r and x (N,) have to require gradients, for autograd."""
-    u = transition_density(r, x, t, z, beta_start, beta_end)
+def backward_residual(r, x, t, z):
+    """∂u/∂r + b ∂u/∂x + (a/2) ∂²u/∂x² with b = -β x/2 and a = β: 0 by Kolmogorov (ex. 5.3)."""
+    r, x = r.detach().requires_grad_(), x.detach().requires_grad_()
+    u = transition_density(r, x, t, z)
     u_r, u_x = torch.autograd.grad(u.sum(), (r, x), create_graph=True)
     u_xx = torch.autograd.grad(u_x.sum(), x)[0]
-    beta = beta_start + (beta_end - beta_start) * r
+    beta = 0.1 + 19.9 * r
     return u_r - beta * x / 2 * u_x + beta / 2 * u_xx
 
 # ---- The network ---------------------------------------------------------------------------------
@@ -227,28 +208,27 @@ def backward_residual(r, x, t, z, beta_start=0.1, beta_end=20.0):
 class TimeEmbedding(nn.Module):
     """t (B,) in 1..T -> (B, D): sines and cosines at the same frequencies, then a small MLP."""
 
-    def __init__(self, dim, frequencies=32):
+    def __init__(self, dim):
         super().__init__()
-        self.register_buffer("omega", torch.logspace(0, -4, frequencies), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.register_buffer("omega", torch.logspace(0, -4, 32), persistent=False)  # 1 to 1/10,000
+        self.mlp = nn.Sequential(nn.Linear(64, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        angle = t[:, None] * self.omega  # ω from 1 to 1/10,000
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], 1))  # (B, 2 frequencies) -> (B, D)
+        angle = t[:, None] * self.omega  # (B,) -> (B, 32)
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], 1))  # (B, 64) -> (B, D)
 
 class ResidualBlock(nn.Module):
     """x (B, C, H, W) plus two convolutions of it; the time scales and shifts what is between."""
 
-    def __init__(self, channels_in, channels, time_dim):
+    def __init__(self, c_in, c_out, time_dim):
         super().__init__()
-        self.norm1 = nn.GroupNorm(channels_in // 8, channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.time = nn.Linear(time_dim, 2 * channels)
-        self.norm2 = nn.GroupNorm(channels // 8, channels, affine=False)  # the time does that
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm1 = nn.GroupNorm(c_in // 8, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(time_dim, 2 * c_out)
+        self.norm2 = nn.GroupNorm(c_out // 8, c_out, affine=False)  # the time does that
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)  # starts as the skip and a constant
-        same = channels_in == channels
-        self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels, 1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, time):
         scale, shift = self.time(time)[:, :, None, None].chunk(2, 1)  # (B, 2C) -> 2 x (B, C, 1, 1)
@@ -272,7 +252,6 @@ class SelfAttention(nn.Module):
 
 class UNet(nn.Module):
     """ε_θ(x_t, t) for images (B, 1, 28, 28): three resolutions, 28, 14 and 7, with skips across.
-
     The layers compute v, and ε_θ = √(1-ᾱ_t) x_t + √ᾱ_t v, so that x̂_0 = √ᾱ_t x_t - √(1-ᾱ_t) v
     (arXiv:2202.00512 App. D). With v = 0, where training starts, this is the best linear guess for
     pixels of unit variance, and at t near T an error of v is not divided by √ᾱ_T = 0.006."""
@@ -284,12 +263,11 @@ class UNet(nn.Module):
         self.time = TimeEmbedding(time)
         self.inlet = nn.Conv2d(1, width, 3, padding=1)
         self.down = nn.ModuleList(ResidualBlock(c, c, time) for c in channels)
-        self.shrink = nn.ModuleList(
-            nn.Conv2d(c, 2 * c, 3, stride=2, padding=1) for c in channels[:-1])
+        self.shrink = nn.ModuleList(nn.Conv2d(c, 2 * c, 3, 2, 1) for c in channels[:2])
         self.attention = SelfAttention(channels[-1])
         self.middle = nn.ModuleList(ResidualBlock(4 * width, 4 * width, time) for _ in range(2))
         self.up = nn.ModuleList(ResidualBlock(2 * c, c, time) for c in channels)
-        self.grow = nn.ModuleList(nn.Conv2d(2 * c, c, 1) for c in channels[:-1])
+        self.grow = nn.ModuleList(nn.Conv2d(2 * c, c, 1) for c in channels[:2])
         self.norm, self.outlet = nn.GroupNorm(width // 8, width), nn.Conv2d(width, 1, 3, padding=1)
         nn.init.zeros_(self.outlet.weight)
         nn.init.zeros_(self.outlet.bias)
@@ -298,9 +276,8 @@ class UNet(nn.Module):
         t = t.to(x.device)
         time, h, skips = F.silu(self.time(t)), self.inlet(x), []  # (B, 8C), (B, C, 28, 28)
         for i in range(3):
-            h = self.down[i](h, time)
-            skips.append(h)
-            h = self.shrink[i](h) if i < 2 else h  # -> (B, 2C, 14, 14) -> (B, 4C, 7, 7)
+            skips.append(self.down[i](h, time))
+            h = self.shrink[i](skips[i]) if i < 2 else skips[i]  # -> (B, 2C, 14, 14), (B, 4C, 7, 7)
         h = self.middle[1](self.middle[0](self.attention(h), time), time)
         for i in (2, 1, 0):
             h = self.up[i](torch.cat([h, skips[i]], 1), time)
@@ -311,25 +288,18 @@ class UNet(nn.Module):
 
 # ---- Training ------------------------------------------------------------------------------------
 
-class EMA:
-    """Exponential moving average of a model's weights, with warm-up: step k keeps
+@torch.no_grad()
+def update_ema(ema, model, k, decay=0.999):
+    """Exponential moving average of a model's weights, with warm-up: step k = 1, 2, .. keeps
     min(decay, (1 + k)/(10 + k)) of the old average, so the untrained start is soon forgotten."""
-
-    def __init__(self, model, decay=0.999):
-        self.model, self.decay, self.k = copy.deepcopy(model).eval(), decay, 0
-
-    @torch.no_grad()
-    def update(self, model):
-        self.k += 1
-        keep = min(self.decay, (1 + self.k) / (10 + self.k))
-        for mean, new in zip(self.model.parameters(), model.parameters()):
-            mean.lerp_(new, 1 - keep)
+    keep = min(decay, (1 + k) / (10 + k))
+    for mean, new in zip(ema.parameters(), model.parameters()):
+        mean.lerp_(new, 1 - keep)
 
 def draw_t(count, T):
     """t (count,) in {1..T} from Beta(1.5, 2.3) instead of uniformly: L_simple, weighted again.
-
     Near T nothing can be seen and near 1 nothing is left to decide: strokes form in between."""
-    u = torch.distributions.Beta(1.5, 2.3).sample((count,))
+    u = Beta(1.5, 2.3).sample((count,))
     return (u * T).long().clamp(max=T - 1) + 1
 
 def scale(images):
@@ -338,20 +308,17 @@ def scale(images):
 
 def train(run, diffusion, model, images, test_images):
     """Trains on uint8 (N, 28, 28). Returns the averaged model, and samples from along the way."""
-    c, ema, snapshots = run.config, EMA(model), []
+    c, ema, snapshots = run.config, copy.deepcopy(model), {}
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, betas=(0.9, 0.99), weight_decay=0)
-    noise, began = torch.randn(10, 1, 28, 28, device=run.device), time.time()
-    test_x0 = scale(test_images[:500])
+    noise, test_x0 = torch.randn(10, 1, 28, 28, device=run.device), scale(test_images[:500])
     test_t = torch.arange(len(test_x0)) * c.T // len(test_x0) + 1  # evenly over 1..T
     test_noise = torch.randn_like(test_x0)
 
+    @torch.no_grad()
     def report():
-        with torch.no_grad():
-            losses = diffusion.simple_loss(ema.model, test_x0, test_t, test_noise)
-        digits = diffusion.sample(ema.model, noise, c.steps, "ddim", eta=0)
-        seen, minutes = run.step * min(c.batch_size, len(images)), (time.time() - began) / 60
-        snapshots.append((seen, minutes, digits))
-        return dict(test=losses.mean().item())
+        seen = run.step * min(c.batch_size, len(images))
+        snapshots[seen] = diffusion.sample(ema, noise, c.steps, "ddim", eta=0)
+        return dict(test=diffusion.simple_loss(ema, test_x0, test_t, test_noise).mean().item())
 
     for index in run.batches(len(images), report, per_epoch=4):
         x0, t = scale(images[index]), draw_t(len(index), c.T)
@@ -365,20 +332,19 @@ def train(run, diffusion, model, images, test_images):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        ema.update(model)
-    return ema.model, snapshots
+        update_ema(ema, model, run.step + 1)
+    return ema, snapshots
 
 # ---- Figures -------------------------------------------------------------------------------------
 
 def draw_chain(run, diffusion, image, noise):
     """What the chain and noise (T, 1, 1, 28, 28) do to a uint8 image (28, 28); the schedule."""
-    x, T, bar = scale(image[None]), diffusion.T, diffusion.alpha_bars
-    chain, shown = [x], [round(T * k / 10) for k in range(11)]
+    T, bar, chain = diffusion.T, diffusion.alpha_bars, [scale(image[None])]
     for t in range(1, T + 1):
-        x = diffusion.q_step(x, torch.tensor([t]), noise[t - 1])
-        chain += [x] if t in shown else []
-    run.grid("chain", f"{T} small steps turn a digit into noise (text §8.2)", torch.cat(chain), 11,
-             (9, 1.7), "t", xticks=shown)
+        chain.append(diffusion.q_step(chain[-1], torch.tensor([t]), noise[t - 1]))
+    shown = [round(T * k / 10) for k in range(11)]
+    run.grid("chain", f"{T} small steps turn a digit into noise (text §8.2)",
+             torch.cat([chain[t] for t in shown]), 11, (9, 1.7), "t", xticks=shown)
     left, right = (figure := Figure((9, 3.5), layout="constrained")).subplots(1, 2)
     left.plot(bar.sqrt(), label="√ᾱ_t, what is left of x_0")
     left.plot((1 - bar).sqrt(), "--", label="√(1-ᾱ_t), the noise")
@@ -390,55 +356,52 @@ def draw_chain(run, diffusion, image, noise):
     run.figure("schedule", f"ᾱ_0 = 1, ᾱ_{T} = {bar[-1]:.1e}: nothing is left of the image", figure)
 
 @torch.no_grad()
-def draw_loss(run, diffusion, model, test_images):
-    """The loss over training and by t, and the weight that L_simple drops (ex. 5.6)."""
-    T, x0 = diffusion.T, scale(test_images[:1000])
+def draw_curves(run, diffusion, model, test_images):
+    """The loss over training and by t, the weight that L_simple drops (ex. 5.6), and the terms of
+    the bound by t. Returns L_simple and the bound on test images."""
+    T, epochs, x0 = diffusion.T, [row["epoch"] for row in run.history], scale(test_images[:1000])
     t = torch.arange(len(x0)) * T // len(x0) + 1
     losses = diffusion.simple_loss(model, x0, t, torch.randn_like(x0)).cpu()
-    one, two, three = (figure := Figure(figsize=(12, 3.5), layout="constrained")).subplots(1, 3)
-    epochs = [row["epoch"] for row in run.history]
-    for name, style, label in (("simple", "-", "training (its own t)"), ("test", "o-", "test")):
-        one.semilogy(epochs, [row[name] for row in run.history], style, label=label)
+    one, two, three = (figure := Figure((12, 3.5), layout="constrained")).subplots(1, 3)
+    one.semilogy(epochs, [row["simple"] for row in run.history], label="training (its own t)")
+    one.semilogy(epochs, [row["test"] for row in run.history], "o-", label="test")
     one.set(xlabel="epoch", ylabel="L_simple (1 without a model)")
     one.legend()
     two.loglog(*([part.float().mean() for part in v.chunk(20)] for v in (t, losses)), "o-")
     two.set(xlabel="t", ylabel="L_simple on test images")
-    t = torch.arange(1, T + 1)
-    three.loglog(t, diffusion.dropped_weight(t))
+    three.loglog(range(1, T + 1), diffusion.dropped_weight(torch.arange(1, T + 1)))
     three.set(xlabel="t", ylabel="w_t, which L_simple drops (ex. 5.6)")
     run.figure("loss", "Noise is hardest to see at small t, where L_simple drops weight", figure)
-    return losses.mean().item()
-
-def draw_bound(run, L_T, terms, near):
-    """The terms of the bound by t, mean over images, and what they add up to."""
-    mean, axes = terms.mean(0).cpu(), (figure := Figure((8, 3.5), layout="constrained")).subplots()
-    axes.loglog(range(2, len(mean) + 1), mean[1:], label="L_{t-1}, t = 2..T")
+    x0 = scale(test_images[:run.config.bound_images])
+    L_T, terms, near = (v.cpu() for v in diffusion.vlb(model, x0))
+    mean, axes = terms.mean(0), (figure := Figure((8, 3.5), layout="constrained")).subplots()
+    axes.loglog(range(2, T + 1), mean[1:], label="L_{t-1}, t = 2..T")
     axes.plot(1, mean[0], "o", label=f"L_0 = {mean[0]:.3f} (ex. 5.5: {near.mean():.3f})")
-    axes.plot(len(mean), L_T.mean().cpu(), "s", label=f"L_T = {L_T.mean():.1e}")
+    axes.plot(T, L_T.mean(), "s", label=f"L_T = {L_T.mean():.1e}")
     axes.set(xlabel="t", ylabel="bits/dim")
     axes.legend()
-    total = (L_T + terms.sum(1)).mean().item()
-    run.figure("bound", f"The bound: {total:.2f} bits/dim (8 without a model)", figure)
-    return total
+    bound = (L_T + terms.sum(1)).mean().item()
+    run.figure("bound", f"The bound: {bound:.2f} bits/dim (8 without a model)", figure)
+    return losses.mean().item(), bound
 
 def draw_samples(run, diffusion, model, snapshots):
     """Samples over training, the reverse chain and its x̂_0, one noise under 5 to T steps."""
     c, T, films = run.config, diffusion.T, []
     if snapshots:
-        seen = [f"{count:,} ({minutes:.1f} min)" for count, minutes, _ in snapshots]
         run.grid("training", "From ten fixed x_T, digits appear as the network learns",
-                 torch.cat([x for *_, x in snapshots]), 10, (8, 0.5 * len(seen) + 0.8),
-                 ylabel="training images seen", yticks=seen)
+                 torch.cat([*snapshots.values()]), 10, (8, 0.5 * len(snapshots) + 0.8),
+                 ylabel="training images seen", yticks=snapshots)
     noise = torch.randn(10, 1, 28, 28, device=run.device)
-    diffusion.sample(model, noise[:3], watch=lambda t, x, x0: films.append((t, x, x0)))
+    diffusion.sample(model, noise[:3], watch=lambda *step: films.append(step))
     films = [films[round(k * (T - 1) / 10)] for k in range(11)]
+    frames = torch.stack([torch.stack(film[1:], 1) for film in films], 2)  # (3, 2, 11, 1, 28, 28)
     run.grid("reverse", "Backward: the guess x̂_0 begins as a blur and then decides",
-             torch.cat([film[i][j:j + 1] for j in range(3) for i in (1, 2) for film in films]), 11,
-             (9, 5.4), "t", xticks=[t for t, *_ in films], yticks=["x_t", "x̂_0"] * 3)
-    counts = [n for n in (5, 10, 25, 50) if n < T] + [T]
-    run.grid("steps", "DDIM, η = 0: ten fixed x_T and the number of steps", torch.cat(
-        [diffusion.sample(model, noise, n, "ddim", eta=0) for n in counts]), 10, (7, 3.6),
-        ylabel="steps", yticks=counts)
+             frames.flatten(0, 2), 11, (9, 5.4), "t", xticks=[t for t, *_ in films],
+             yticks=["x_t", "x̂_0"] * 3)
+    steps = [n for n in (5, 10, 25, 50) if n < T] + [T]
+    images = torch.cat([diffusion.sample(model, noise, n, "ddim", eta=0) for n in steps])
+    run.grid("steps", "DDIM, η = 0: ten fixed x_T and the number of steps", images, 10, (7, 3.6),
+             ylabel="steps", yticks=steps)
     if c.samples:
         images = torch.cat([diffusion.sample(model, x.to(run.device), c.steps, c.sampler, eta=c.eta)
                             for x in torch.randn(c.samples, 1, 28, 28).split(250)])
@@ -450,8 +413,9 @@ def draw_samples(run, diffusion, model, snapshots):
 # ---- Plumbing: the same in every file ------------------------------------------------------------
 
 import argparse, gzip, hashlib, io, json, os, re, shutil, signal  # noqa: E401
-import sys, tempfile, time, urllib.request  # noqa: E401
+import sys, time, urllib.request, zipfile  # noqa: E401
 from pathlib import Path
+import matplotlib
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
            "https://storage.googleapis.com/cvdf-datasets/mnist/")
@@ -462,6 +426,7 @@ MNIST = {  # file name: SHA-256 of its unzipped content
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
 FACES = ("DejaVu Sans", "DejaVu Sans:bold", "DejaVu Sans:oblique", "DejaVu Serif", "cmr10",
          "DejaVu Serif:italic", "DejaVu Sans Mono", "STIXGeneral", "STIXGeneral:italic", "cmss10")
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # all eyes tell apart
 
 def parse(argv=None):
     """Flags from Config: a field's comment is its help, a bracket at the end what is allowed."""
@@ -490,9 +455,9 @@ def parse(argv=None):
 def whole(path, write):
     """Lets `write(file)` finish in memory, then moves a file into place: all of it or nothing."""
     write(memory := io.BytesIO())
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(memory.getvalue())
         part.replace(path)
     except OSError as fault:
@@ -501,19 +466,17 @@ def whole(path, write):
         part.unlink(missing_ok=True)
 
 def download(path, digest):
-    """Fetches a gzipped file to `path`. Raises ConnectionError when no mirror has it right."""
+    """Fetches a gzipped file to `path`. Raises ConnectionError when that fails everywhere."""
     for mirror in MIRRORS:
         try:
             print(f"downloading {mirror}{path.name}", flush=True)
             raw = urllib.request.urlopen(mirror + path.name, timeout=10).read()
-            if hashlib.sha256(gzip.decompress(raw)).hexdigest() != digest:
-                raise ValueError("its content is not MNIST")
-            break
+            if hashlib.sha256(gzip.decompress(raw)).hexdigest() == digest:
+                return whole(path, lambda file: file.write(raw))
+            reason = "what came is not MNIST"
         except Exception as fault:  # whatever it was, the next mirror may do better
             reason = fault
-    else:
-        raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
-    whole(path, lambda file: file.write(raw))
+    raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
 
 def load_mnist(folder):
     """Train images, train labels, test images, test labels: uint8 (N, 28, 28) and int64 (N,).
@@ -575,13 +538,16 @@ class Run:
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(k for k in has if has[k]) if config.device == "auto" else config.device
         if not has[name]:
-            print(f"--device {name}: torch finds none; auto takes what is there", file=sys.stderr)
+            print(f"{self.script}.py: --device {name} is not to be had here, auto takes what is",
+                  file=sys.stderr)
             raise SystemExit(2)
         self.device = torch.device(name)
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLORS)
         self.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.out).close()  # fails now, not after the training
+        if not os.access(self.out, os.W_OK):  # fails now, not after the training
+            raise PermissionError(13, "cannot be written", str(self.out))
 
     def data(self):
         """`load_mnist` on the device, cut to `train_size`; drawn digits where it cannot be had."""
@@ -593,7 +559,7 @@ class Run:
                 arrays, self.dataset = load_mnist(folder), folder.resolve().name
         except ConnectionError as fault:
             print(f"{fault}, and {folder} does not have it.\n"
-                  "Going on with digits drawn from matplotlib's fonts, as --data drawn does.")
+                  "Going on with digits drawn from fonts; --data FOLDER names another place.")
         tests = min(max(size, 100), 10000)
         arrays = arrays or [*draw_characters(size, 0), *draw_characters(tests, 1)]
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
@@ -601,14 +567,15 @@ class Run:
     def batches(self, count, report=dict, per_epoch=1):
         """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
         `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
-        to the history. Raises SystemExit when a logged term is not finite."""
+        to the history. Raises SystemExit when one of them is not finite."""
         def interrupt(*_):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(2, b"\nCtrl-C: training ends, evaluating and saving (again: stops at once)\n")
         before = signal.signal(signal.SIGINT, interrupt)
-        size, past = min(self.config.batch_size, count), len(self.history) / per_epoch
-        steps, clock, shown, tty = count // size, time.time(), 0, sys.stdout.isatty()
+        past = self.history[-1]["epoch"] if self.history else 0
+        size, tty = min(self.config.batch_size, count), sys.stdout.isatty()
+        steps, clock, shown = count // size, time.time(), 0
         self.steps, self.sums, self.logged = steps * self.config.epochs, {}, 0
         while self.step < self.steps and not self.stopped:
             start = self.step % steps * size
@@ -617,14 +584,13 @@ class Run:
             self.step, epoch = self.step + 1, past + (self.step + 1) / steps
             due = self.step * per_epoch % steps < per_epoch or self.stopped
             if due or tty and time.time() - shown > 0.5:
-                row = {k: float(v) / self.logged for k, v in self.sums.items()}
+                row, shown = {k: float(v) / self.logged for k, v in self.sums.items()}, time.time()
+                row.update(report() if due else {})
                 if not all(map(math.isfinite, row.values())):
                     raise SystemExit(f"The loss is not finite after {self.step} steps; try a lower "
                                      f"--lr than {self.config.lr:g}. Nothing was overwritten.")
-                shown = time.time()
                 self.rate = self.step * size / (shown - clock)
                 if due:
-                    row.update(report())
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
                 left = (self.steps - self.step) * size / self.rate
@@ -651,7 +617,8 @@ class Run:
         tiles = F.pad(unit(images), (1, 1, 1, 1), value=0.5)  # a gray rim
         N, C, H, W = tiles.shape
         tiles = tiles.view(N // across, across, C, H, W).permute(0, 3, 1, 4, 2)
-        axes.imshow(tiles.reshape(-1, across * W, C).squeeze(2), cmap="gray", vmin=0, vmax=1)
+        tiles = tiles.reshape(-1, across * W, C).squeeze(2).numpy()
+        axes.imshow(tiles, cmap="gray", vmin=0, vmax=1)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_xticks([W * i + W // 2 for i in range(len(xticks))], xticks)
         axes.set_yticks([H * i + H // 2 for i in range(len(yticks))], yticks)
@@ -676,10 +643,12 @@ class Run:
             return
         here = dict(script=self.script, **{k: self.settings[k] for k in SHAPES})
         try:
+            if zipfile.ZipFile(self.config.load).testzip():  # torch does not look at its checksums
+                raise ValueError
             kept = torch.load(self.config.load, map_location="cpu", weights_only=True)
             there = dict(kept["settings"], script=kept["script"])
-            odd = [f"its {k} is {there.get(k)}, not {here[k]}" for k in here
-                   if there.get(k) != here[k]]
+            odd = [f"its {k} is {there.get(k)}, not {v}" for k, v in here.items()
+                   if there.get(k) != v]
             odd or model.load_state_dict(kept["state_dict"])
             self.history = kept["history"]
         except Exception as fault:  # torch, pickle and zip each raise their own
@@ -707,10 +676,12 @@ def launch(main):
         sys.exit(main())
     except KeyboardInterrupt:
         code, what = 130, "stopped; every file is whole, some may be those of an earlier run"
-    except torch.cuda.OutOfMemoryError:
-        code, what = 1, "the device is out of memory; try a smaller --batch-size"
     except OSError as fault:
         code, what = 1, f"{fault.filename or 'output'}: {fault.strerror or fault}"
+    except (MemoryError, RuntimeError) as fault:
+        if "memory" not in repr(fault).lower():
+            raise
+        code, what = 1, "out of memory; try a smaller --batch-size"
     print(f"{Path(__file__).name}: {what}", file=sys.stderr)
     sys.exit(code)
 
@@ -726,12 +697,10 @@ def main(argv=None):
     model, snapshots = train(run, diffusion, model, images, test_images)
     run.save(model)
     draw_chain(run, diffusion, test_images[0].cpu(), noise)
-    loss = draw_loss(run, diffusion, model, test_images)
-    bound = draw_bound(run, *diffusion.vlb(model, scale(test_images[:config.bound_images])))
+    loss, bound = draw_curves(run, diffusion, model, test_images)
     draw_samples(run, diffusion, model, snapshots)
     r, x, z = torch.rand(3, 100, dtype=torch.float64)  # ex. 5.3 at a hundred places
-    r, t = 0.9 * r, 0.9 * r + 0.1
-    residual = backward_residual(r.requires_grad_(), x.requires_grad_(), t, z)
+    residual = backward_residual(0.9 * r, x, 0.9 * r + 0.1, z)
     print(f"L_simple on test images {loss:.4f} (without a model 1), bound {bound:.2f} bits/dim "
           f"(8), backward equation off by {residual.abs().max():.0e} (0)")
     return run.finish(test_loss=loss, test_loss_chance=1.0, bound_bits_per_dim=bound)

@@ -7,10 +7,8 @@
                  MSA: softmax(Q Kᵀ / √(D/h)) V in h heads of D/h channels each      eq. 5-8
     MLP head     y = LN(z_L^class), logits = W y + b                                eq. 4
 
-The text calls these three parts input layer, encoder and MLP head. Sections (§), appendices and
-equations here are those of the paper, exercises (ex.) those of the book's chapter 5.
-
-Parameters are named as in timm, so published weights load; with timm at hand, in four lines:
+Sections (§), appendices (App.) and equations are those of the paper, exercises (ex.) those of the
+book's chapter 5. Parameters are named as in timm, so published weights load, in four lines:
 
     import importlib, timm
     vit = importlib.import_module("04_vit").VisionTransformer(224, 16, 3, 1000, 768, 12, 12)
@@ -25,10 +23,13 @@ Expect  on two CPU cores 5.2 minutes; five pictures and weights in out/04_vit; 9
           ridge on the ViT's features    36%   67%   82%   89%         0.5
           ridge on pixels                26%   49%   62%   74%         0.07
           fine-tuning, 100 steps         52%   80%   87%   89%         4
-        With many examples the closed form is as good as fine-tuning at an eighth of the time, which
-        is why the paper probes with it "to save compute"; with few, fine-tuning gains from moved
-        images. Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-22.
-Try     --pos none; --pos sincos; --num-heads 1; --lam 0.1; --patch-size 4 (four times as long).
+        With many examples the closed form is as good at an eighth of the time: the paper probes
+        with it "to save compute". With few, fine-tuning gains from the moved images it is shown.
+        Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-22.
+Try     easy: --pos none, and --pos sincos. Does the order of the patches matter to digits?
+        medium: --num-heads 1, then --patch-size 4 (four times as long: attention costs N²).
+        harder: the mean of the patches instead of the class token, as in the paper's App. D.3:
+        `[:, 1:].mean(1)` for `[:, 0]` in `forward`.
 """
 
 import copy
@@ -88,31 +89,26 @@ class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x, weights=False):
         """(B, N, D) -> (B, N, D); with `weights` also the attention (B, h, N, N)."""
-        B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)  # eq. 5
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, N, 3, h, D/h) -> 3 x (B, h, N, D/h)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # eq. 5: (B, N, 3, h, D/h)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, h, N, D/h)
         if weights:
-            attention = (q @ k.transpose(-2, -1) / math.sqrt(D // self.num_heads)).softmax(-1)  # 6
+            attention = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)  # eq. 6
             heads = attention @ v  # eq. 7: (B, h, N, N) @ (B, h, N, D/h) -> (B, h, N, D/h)
         else:
             heads = F.scaled_dot_product_attention(q, k, v)  # the same without keeping the weights
-        x = self.proj(heads.transpose(1, 2).reshape(B, N, D))  # eq. 8: (B, h, N, D/h) -> (B, N, D)
+        x = self.proj(heads.transpose(1, 2).flatten(2))  # eq. 8: (B, h, N, D/h) -> (B, N, D)
         return (x, attention) if weights else x
 
-class Mlp(nn.Module):
-    """Two linear maps, each token alone: (B, N, D) -> (B, N, 4D) -> (B, N, D)."""
+class Mlp(nn.Sequential):
+    """Its parts, in order, on each token alone: (B, N, D) -> (B, N, 4D) -> (B, N, D)."""
 
-    def __init__(self, dim, hidden_dim):
+    def __init__(self, dim):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
 
 class Block(nn.Module):
     """Attention between tokens, then an MLP in each, both added to what comes in (eq. 2, 3)."""
@@ -120,16 +116,15 @@ class Block(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, num_heads), Mlp(dim, 4 * dim)
+        self.attn, self.mlp = Attention(dim, num_heads), Mlp(dim)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 def sincos_positions(count, dim):
-    """Fixed positions (count, dim): sin and cos of t / 10000^(2i/dim) at 2i and 2i + 1, token t.
-
-    The text's cosine has one t too many."""
+    """Fixed positions (count, dim): for token t the sine and cosine of t / 10000^(2i/dim) at 2i and
+    2i + 1 (the text's cosine has one t too many)."""
     angle = torch.arange(count)[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
     return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)  # (count, dim/2, 2) -> (.., dim)
 
@@ -156,14 +151,10 @@ class VisionTransformer(nn.Module):
         elif pos == "sincos":
             self.pos_embed.data[0] = sincos_positions(tokens, embed_dim)
 
-    def embed(self, x):
-        """(B, C, H, W) -> z_0 (B, 1 + N, D): class token, patches, positions (eq. 1)."""
-        x = self.patch_embed(x)  # (B, N, D)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
-
     def layers(self, x):
         """(B, C, H, W) -> the tokens before the blocks and after each: z_0..z_L, (B, 1 + N, D)."""
-        tokens = [self.embed(x)]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], 1)
+        tokens = [x + self.pos_embed]  # eq. 1
         for block in self.blocks:
             tokens.append(block(tokens[-1]))
         return tokens
@@ -221,8 +212,8 @@ def jitter(x, amount=1.0):
 def evaluate(model, images, labels):
     """Cross-entropy in nats and accuracy on uint8 (N, 28, 28) and labels (N,)."""
     logits = torch.cat([model(scale(batch)) for batch in images.split(1000)])
-    right = logits.argmax(1) == labels
-    return F.cross_entropy(logits, labels).item(), right.float().mean().item()
+    return dict(test_loss=F.cross_entropy(logits, labels).item(),
+                test_accuracy=(logits.argmax(1) == labels).float().mean().item())
 
 def adamw(model, lr, weight_decay):
     """AdamW that draws only matrices towards 0, not biases, norms, class token and positions."""
@@ -233,12 +224,7 @@ def adamw(model, lr, weight_decay):
 def train(run, model, images, labels, test_images, test_labels):
     """Minimizes the cross-entropy of uint8 (N, 28, 28) and their labels (N,)."""
     c, optimizer = run.config, adamw(model, run.config.lr, run.config.weight_decay)
-
-    def report():
-        loss, accuracy = evaluate(model, test_images, test_labels)
-        return dict(test_loss=loss, test_accuracy=accuracy)
-
-    for index in run.batches(len(images), report):
+    for index in run.batches(len(images), lambda: evaluate(model, test_images, test_labels)):
         with torch.autocast("cuda", torch.bfloat16, enabled=run.device.type == "cuda"):
             logits = model(jitter(scale(images[index]), c.jitter))
         loss = F.cross_entropy(logits.float(), labels[index])
@@ -253,18 +239,66 @@ def train(run, model, images, labels, test_images, test_labels):
 
 # ---- What was learned ----------------------------------------------------------------------------
 
+def switch_off(model, images, labels):
+    """Accuracy on the second half of the images as heads are switched off one by one: first the
+    head whose absence alone raises the loss on the first half the least."""
+    half, size = len(images) // 2, model.head.in_features // model.blocks[0].attn.num_heads
+
+    def without(places, part):
+        bare = copy.deepcopy(model)
+        for layer, head in places:  # nothing that it says gets through the map that joins heads
+            bare.blocks[layer].attn.proj.weight.data[:, head * size:(head + 1) * size] = 0
+        return evaluate(bare, images[part], labels[part])
+
+    places = sorted(np.ndindex(len(model.blocks), model.blocks[0].attn.num_heads),
+                    key=lambda place: without([place], slice(half))["test_loss"])
+    return [without(places[:count], slice(half, None))["test_accuracy"]
+            for count in range(len(places) + 1)]
+
+@torch.no_grad()
+def draw_inside(run, model, images, labels):
+    """Position embeddings, CKA between layers, heads switched off, attention of the class token."""
+    x, side = scale(images[:1000]), 28 // run.config.patch_size
+    if run.config.pos != "none":
+        pos = F.normalize(model.pos_embed[0, 1:], dim=1)  # (N, D), without the class token
+        alike = pos @ pos.T / (pos @ pos.T).fill_diagonal_(0).abs().max()  # itself: out of range
+        run.grid("positions", "One map a patch, at its place: its position embedding against\n"
+                 "all others, cosine (white: alike, gray: 0, black: opposite)",
+                 alike.view(-1, 1, side, side), side, (6, 6.5))
+    tokens = [z.mean(1) for z in model.layers(x)]  # (L + 1) x (n, D), mean over an image
+    left, right = (figure := Figure((9, 3.8), layout="constrained")).subplots(1, 2)
+    table = [[cka(a, b) for a in tokens] for b in tokens]
+    figure.colorbar(left.imshow(table, vmin=0, vmax=1, origin="lower"), ax=left)
+    left.set(xlabel="after block", ylabel="after block", title="CKA (mean over the tokens)",
+             xticks=range(len(tokens)), yticks=range(len(tokens)))
+    accuracy = switch_off(model, images[:4000], labels[:4000])
+    right.plot(100 * np.array(accuracy), ".-")
+    right.axhline(10, color="gray", lw=0.8)
+    right.set(xlabel="heads switched off, least missed first", ylabel="accuracy (%)",
+              title=f"of {len(accuracy) - 1} heads (gray: chance)")
+    run.figure("layers", "How alike the layers are, and how many heads are needed", figure)
+    seen = torch.stack([a[:, :, 0, 1:].mean(1) for a in model.attention_maps(x[:8])], 1)
+    seen = (seen / seen.amax(2, keepdim=True)).unflatten(2, (side, side))  # from (8, L, N)
+    seen = F.interpolate(seen, scale_factor=run.config.patch_size)  # (8, L, 28, 28)
+    lit = 2 * seen * (x[:8] + 1.3) / 2.3 - 1  # the image lit by it; black keeps 13%, to be seen
+    run.grid("attention", "What the class token attends to, block by block, over its maximum",
+             torch.cat([x[:8], lit], 1).flatten(0, 1)[:, None], len(tokens),
+             (max(7.0, 1.1 * len(tokens) + 0.4), 9), "block",
+             xticks=["image", *range(1, len(tokens))])
+    return accuracy
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
+@torch.no_grad()
 def features(model, images):
     """uint8 (N, 28, 28) -> (N, 2 D): the class token and the mean of the patches, after LN."""
-    with torch.no_grad():
-        tokens = torch.cat([model.forward_features(scale(batch)) for batch in images.split(1000)])
+    tokens = torch.cat([model.forward_features(scale(batch)) for batch in images.split(1000)])
     return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
 
-def fine_tune(model, images, labels, classes, steps=100):
+def fine_tune(model, images, labels, steps=100):
     """A copy of the model with a new head, all of it trained, on moved images: the costly way."""
     model = copy.deepcopy(model)
-    model.head = nn.Linear(model.head.in_features, classes).to(images.device)
+    model.head = nn.Linear(model.head.in_features, len(LETTERS)).to(images.device)
     optimizer = adamw(model, 1e-3, 0.05)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -276,108 +310,57 @@ def fine_tune(model, images, labels, classes, steps=100):
         optimizer.step()
     return model
 
-def few_shot(run, model):
-    """Letters, 1 to 100 a class: accuracy and seconds of three ways to learn them (ex. 5.1)."""
-    (pool, names), (test, truth) = (
-        [v.to(run.device) for v in draw_characters(count, seed, LETTERS)]
-        for count, seed in ((26 * 160, 2), (2000, 3)))
+def draw_few_shot(run, model):
+    """Letters learned from 1 to 100 of each in three ways (ex. 5.1): accuracy and seconds."""
+    pool, names, test, truth = (v.to(run.device) for v in (
+        *draw_characters(26 * 160, 2, LETTERS), *draw_characters(2000, 3, LETTERS)))
     ways = {"ridge, ViT features": lambda x: features(model, x),
-            "ridge, pixels": lambda x: x.flatten(1).float() / 255, "fine-tuning": None}
+            "ridge, pixels": lambda x: x.flatten(1) / 255, "fine-tuning": None}
     shots = [n for n in (1, 2, 5, 10, 20, 50, 100) if n <= run.config.shots]
+    accuracy, seconds = {way: [] for way in ways}, {way: [] for way in ways}
     ridge_probe(features(model, pool[:99]), names[:99], 26, 1.0)  # the first call is slow
-    results = {way: [] for way in ways}
-    for n in shots:
-        some = torch.cat([(names == k).nonzero()[:n, 0] for k in range(26)])
-        for way, f in ways.items():
+    left, right = (figure := Figure((9, 3.5), layout="constrained")).subplots(1, 2)
+    for (way, f), style in zip(ways.items(), ("o-", "s--", "^:")):
+        for n in shots:
+            some = torch.cat([(names == k).nonzero()[:n, 0] for k in range(26)])
             began = time.time()
             if f:
                 W = ridge_probe(f(pool[some]), names[some], 26, run.config.lam)
             else:
-                tuned = fine_tune(model, pool[some], names[some], 26)
+                tuned = fine_tune(model, pool[some], names[some])
                 tuned.head.bias.tolist()  # until a GPU is done
-            seconds = time.time() - began
-            accuracy = probe_accuracy(W, f(test), truth) if f else evaluate(tuned, test, truth)[1]
-            results[way].append((accuracy, seconds))
-    return shots, results
-
-def draw_few_shot(run, shots, ways):
-    """Accuracy and seconds against the number of examples."""
-    left, right = (figure := Figure((9, 3.5), layout="constrained")).subplots(1, 2)
-    for (way, rows), style in zip(ways.items(), ("o-", "s--", "^:")):
-        left.plot(shots, [100 * accuracy for accuracy, _ in rows], style, label=way)
-        right.loglog(shots, [seconds for _, seconds in rows], style, label=way)
+            seconds[way].append(time.time() - began)
+            accuracy[way].append(probe_accuracy(W, f(test), truth) if f
+                                 else evaluate(tuned, test, truth)["test_accuracy"])
+        left.plot(shots, 100 * np.array(accuracy[way]), style, label=way)
+        right.loglog(shots, seconds[way], style)
+        print(f"letters by {way:19}: " + ", ".join(
+            f"{n}: {a:.0%} in {s:.2g} s" for n, a, s in zip(shots, accuracy[way], seconds[way])))
     left.axhline(100 / 26, color="gray", lw=0.8)
     left.set(xscale="log", xlabel="letters a class", ylabel="accuracy on 2,000 letters (%)")
-    right.set(xlabel="letters a class", ylabel="seconds to learn them")
     left.legend()
+    right.set(xlabel="letters a class", ylabel="seconds to learn them")
     run.figure("few_shot", "A network trained on digits meets letters (gray: chance)", figure)
-
-def switch_off(model, images, labels):
-    """Accuracy on the second half of the images as heads are switched off one by one: first the
-    head whose absence alone raises the loss on the first half the least."""
-    half, (L, h) = len(images) // 2, (len(model.blocks), model.blocks[0].attn.num_heads)
-    size = model.head.in_features // h
-
-    def without(places):
-        bare = copy.deepcopy(model)
-        for layer, head in places:  # nothing that it says gets through the map that joins heads
-            bare.blocks[layer].attn.proj.weight.data[:, head * size:(head + 1) * size] = 0
-        return bare
-
-    places = list(np.ndindex(L, h))
-    places.sort(key=lambda place: evaluate(without([place]), images[:half], labels[:half])[0])
-    return [evaluate(without(places[:count]), images[half:], labels[half:])[1]
-            for count in range(L * h + 1)]
-
-def draw_inside(run, model, images, labels):
-    """Position embeddings, CKA between layers, heads switched off, attention of the class token."""
-    x, side = scale(images[:1000]), 28 // run.config.patch_size
-    if run.config.pos != "none":
-        pos = F.normalize(model.pos_embed[0, 1:], dim=1)  # (N, D), without the class token
-        alike = pos @ pos.T / (pos @ pos.T).fill_diagonal_(0).abs().max()  # itself: out of range
-        run.grid("positions", "One map a patch, at its place: its position embedding against\n"
-                 "all others, cosine (white: alike, gray: 0, black: opposite)",
-                 alike.view(-1, 1, side, side), side, (6, 6.5))
-    tokens = [z.mean(1) for z in model.layers(x)]  # (L + 1) x (n, D), mean over an image
-    table = [[cka(a, b) for a in tokens] for b in tokens]
-    left, right = (figure := Figure((9, 3.8), layout="constrained")).subplots(1, 2)
-    shown = left.imshow(table, vmin=0, vmax=1, origin="lower")
-    left.set(xlabel="after block", ylabel="after block", title="CKA (mean over the tokens)",
-             xticks=range(len(table)), yticks=range(len(table)))
-    figure.colorbar(shown, ax=left)
-    accuracy = switch_off(model, images[:4000], labels[:4000])
-    right.plot(range(len(accuracy)), [100 * a for a in accuracy], ".-")
-    right.axhline(10, color="gray", lw=0.8)
-    right.set(xlabel="heads switched off, least missed first", ylabel="accuracy (%)",
-              title=f"of {len(accuracy) - 1} heads (gray: chance)")
-    run.figure("layers", "How alike the layers are, and how many heads are needed", figure)
-    seen = torch.stack([a[:, :, 0, 1:].mean(1) for a in model.attention_maps(x[:8])], 1)
-    seen = (seen / seen.amax(2, keepdim=True)).unflatten(2, (side, side))  # from (8, L, N)
-    seen = F.interpolate(seen, scale_factor=run.config.patch_size)  # (8, L, 28, 28)
-    lit = 2 * seen * (x[:8] + 1.3) / 2.3 - 1  # the image lit by it; black keeps 13%, to be seen
-    run.grid("attention", "What the class token attends to, block by block, over its maximum",
-             torch.cat([x[:8], lit], 1).flatten(0, 1)[:, None], 1 + seen.shape[1],
-             (max(7.0, 1.1 * seen.shape[1] + 1.5), 9), "block",
-             xticks=["image", *range(1, seen.shape[1] + 1)])
-    return accuracy
+    return dict(shots=shots, few_shot_accuracy=accuracy, few_shot_seconds=seconds)
 
 def draw_training(run):
     """Loss and accuracy over training."""
     left, right = (figure := Figure((9, 3.5), layout="constrained")).subplots(1, 2)
-    epochs = [row["epoch"] for row in run.history]
-    for name, style, label in (("loss", "-", "training, moved"), ("test_loss", "o-", "test")):
-        left.semilogy(epochs, [row[name] for row in run.history], style, label=label)
+    epochs, loss, test_loss, accuracy = np.array([list(row.values()) for row in run.history]).T
+    left.semilogy(epochs, loss, label="training, moved")
+    left.semilogy(epochs, test_loss, "o-", label="test")
     left.set(xlabel="epoch", ylabel="cross-entropy (nats; chance: ln 10 = 2.3)")
     left.legend()
-    right.plot(epochs, [100 * row["test_accuracy"] for row in run.history], "o-")
+    right.plot(epochs, 100 * accuracy, "C1o-")
     right.set(xlabel="epoch", ylabel="accuracy on test images (%)")
-    run.figure("training", "A Vision Transformer learns ten digits", figure)
+    run.figure("training", f"{accuracy[-1]:.2%} of the test digits are read right", figure)
 
 # ---- Plumbing: the same in every file ------------------------------------------------------------
 
 import argparse, gzip, hashlib, io, json, os, re, shutil, signal  # noqa: E401
-import sys, tempfile, time, urllib.request  # noqa: E401
+import sys, time, urllib.request, zipfile  # noqa: E401
 from pathlib import Path
+import matplotlib
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
            "https://storage.googleapis.com/cvdf-datasets/mnist/")
@@ -388,6 +371,7 @@ MNIST = {  # file name: SHA-256 of its unzipped content
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
 FACES = ("DejaVu Sans", "DejaVu Sans:bold", "DejaVu Sans:oblique", "DejaVu Serif", "cmr10",
          "DejaVu Serif:italic", "DejaVu Sans Mono", "STIXGeneral", "STIXGeneral:italic", "cmss10")
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # all eyes tell apart
 
 def parse(argv=None):
     """Flags from Config: a field's comment is its help, a bracket at the end what is allowed."""
@@ -416,9 +400,9 @@ def parse(argv=None):
 def whole(path, write):
     """Lets `write(file)` finish in memory, then moves a file into place: all of it or nothing."""
     write(memory := io.BytesIO())
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(memory.getvalue())
         part.replace(path)
     except OSError as fault:
@@ -427,19 +411,17 @@ def whole(path, write):
         part.unlink(missing_ok=True)
 
 def download(path, digest):
-    """Fetches a gzipped file to `path`. Raises ConnectionError when no mirror has it right."""
+    """Fetches a gzipped file to `path`. Raises ConnectionError when that fails everywhere."""
     for mirror in MIRRORS:
         try:
             print(f"downloading {mirror}{path.name}", flush=True)
             raw = urllib.request.urlopen(mirror + path.name, timeout=10).read()
-            if hashlib.sha256(gzip.decompress(raw)).hexdigest() != digest:
-                raise ValueError("its content is not MNIST")
-            break
+            if hashlib.sha256(gzip.decompress(raw)).hexdigest() == digest:
+                return whole(path, lambda file: file.write(raw))
+            reason = "what came is not MNIST"
         except Exception as fault:  # whatever it was, the next mirror may do better
             reason = fault
-    else:
-        raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
-    whole(path, lambda file: file.write(raw))
+    raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
 
 def load_mnist(folder):
     """Train images, train labels, test images, test labels: uint8 (N, 28, 28) and int64 (N,).
@@ -501,13 +483,16 @@ class Run:
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(k for k in has if has[k]) if config.device == "auto" else config.device
         if not has[name]:
-            print(f"--device {name}: torch finds none; auto takes what is there", file=sys.stderr)
+            print(f"{self.script}.py: --device {name} is not to be had here, auto takes what is",
+                  file=sys.stderr)
             raise SystemExit(2)
         self.device = torch.device(name)
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLORS)
         self.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.out).close()  # fails now, not after the training
+        if not os.access(self.out, os.W_OK):  # fails now, not after the training
+            raise PermissionError(13, "cannot be written", str(self.out))
 
     def data(self):
         """`load_mnist` on the device, cut to `train_size`; drawn digits where it cannot be had."""
@@ -519,7 +504,7 @@ class Run:
                 arrays, self.dataset = load_mnist(folder), folder.resolve().name
         except ConnectionError as fault:
             print(f"{fault}, and {folder} does not have it.\n"
-                  "Going on with digits drawn from matplotlib's fonts, as --data drawn does.")
+                  "Going on with digits drawn from fonts; --data FOLDER names another place.")
         tests = min(max(size, 100), 10000)
         arrays = arrays or [*draw_characters(size, 0), *draw_characters(tests, 1)]
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
@@ -527,14 +512,15 @@ class Run:
     def batches(self, count, report=dict, per_epoch=1):
         """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
         `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
-        to the history. Raises SystemExit when a logged term is not finite."""
+        to the history. Raises SystemExit when one of them is not finite."""
         def interrupt(*_):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(2, b"\nCtrl-C: training ends, evaluating and saving (again: stops at once)\n")
         before = signal.signal(signal.SIGINT, interrupt)
-        size, past = min(self.config.batch_size, count), len(self.history) / per_epoch
-        steps, clock, shown, tty = count // size, time.time(), 0, sys.stdout.isatty()
+        past = self.history[-1]["epoch"] if self.history else 0
+        size, tty = min(self.config.batch_size, count), sys.stdout.isatty()
+        steps, clock, shown = count // size, time.time(), 0
         self.steps, self.sums, self.logged = steps * self.config.epochs, {}, 0
         while self.step < self.steps and not self.stopped:
             start = self.step % steps * size
@@ -543,14 +529,13 @@ class Run:
             self.step, epoch = self.step + 1, past + (self.step + 1) / steps
             due = self.step * per_epoch % steps < per_epoch or self.stopped
             if due or tty and time.time() - shown > 0.5:
-                row = {k: float(v) / self.logged for k, v in self.sums.items()}
+                row, shown = {k: float(v) / self.logged for k, v in self.sums.items()}, time.time()
+                row.update(report() if due else {})
                 if not all(map(math.isfinite, row.values())):
                     raise SystemExit(f"The loss is not finite after {self.step} steps; try a lower "
                                      f"--lr than {self.config.lr:g}. Nothing was overwritten.")
-                shown = time.time()
                 self.rate = self.step * size / (shown - clock)
                 if due:
-                    row.update(report())
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
                 left = (self.steps - self.step) * size / self.rate
@@ -577,7 +562,8 @@ class Run:
         tiles = F.pad(unit(images), (1, 1, 1, 1), value=0.5)  # a gray rim
         N, C, H, W = tiles.shape
         tiles = tiles.view(N // across, across, C, H, W).permute(0, 3, 1, 4, 2)
-        axes.imshow(tiles.reshape(-1, across * W, C).squeeze(2), cmap="gray", vmin=0, vmax=1)
+        tiles = tiles.reshape(-1, across * W, C).squeeze(2).numpy()
+        axes.imshow(tiles, cmap="gray", vmin=0, vmax=1)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_xticks([W * i + W // 2 for i in range(len(xticks))], xticks)
         axes.set_yticks([H * i + H // 2 for i in range(len(yticks))], yticks)
@@ -602,10 +588,12 @@ class Run:
             return
         here = dict(script=self.script, **{k: self.settings[k] for k in SHAPES})
         try:
+            if zipfile.ZipFile(self.config.load).testzip():  # torch does not look at its checksums
+                raise ValueError
             kept = torch.load(self.config.load, map_location="cpu", weights_only=True)
             there = dict(kept["settings"], script=kept["script"])
-            odd = [f"its {k} is {there.get(k)}, not {here[k]}" for k in here
-                   if there.get(k) != here[k]]
+            odd = [f"its {k} is {there.get(k)}, not {v}" for k, v in here.items()
+                   if there.get(k) != v]
             odd or model.load_state_dict(kept["state_dict"])
             self.history = kept["history"]
         except Exception as fault:  # torch, pickle and zip each raise their own
@@ -633,40 +621,31 @@ def launch(main):
         sys.exit(main())
     except KeyboardInterrupt:
         code, what = 130, "stopped; every file is whole, some may be those of an earlier run"
-    except torch.cuda.OutOfMemoryError:
-        code, what = 1, "the device is out of memory; try a smaller --batch-size"
     except OSError as fault:
         code, what = 1, f"{fault.filename or 'output'}: {fault.strerror or fault}"
+    except (MemoryError, RuntimeError) as fault:
+        if "memory" not in repr(fault).lower():
+            raise
+        code, what = 1, "out of memory; try a smaller --batch-size"
     print(f"{Path(__file__).name}: {what}", file=sys.stderr)
     sys.exit(code)
 
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    run = Run(config := parse(argv))
+    run = Run(c := parse(argv))
     images, labels, test_images, test_labels = run.data()
-    model = VisionTransformer(28, config.patch_size, 1, 10, config.embed_dim, config.depth,
-                              config.num_heads, config.pos).to(run.device)
-    run.load(model)
-    start, _ = evaluate(model, test_images, test_labels)
+    model = VisionTransformer(28, c.patch_size, 1, 10, c.embed_dim, c.depth, c.num_heads, c.pos)
+    run.load(model.to(run.device))
     train(run, model, images, labels, test_images, test_labels)
     run.save(model)
-    loss, accuracy = evaluate(model, test_images, test_labels)
-    print(f"test: cross-entropy {loss:.4f} nats (at the start {start:.2f}, ln 10 = 2.30), accuracy "
-          f"{100 * accuracy:.2f}% (chance 10%)")
+    results = evaluate(model, test_images, test_labels)
+    print("test: cross-entropy {test_loss:.4f} nats (chance: ln 10 = 2.30), accuracy "
+          "{test_accuracy:.2%} (chance 10%)".format(**results))
     draw_training(run)
-    with torch.no_grad():
-        heads = draw_inside(run, model, test_images, test_labels)
-    shots, ways = few_shot(run, model)
-    draw_few_shot(run, shots, ways)
-    for way, rows in ways.items():
-        print(f"letters by {way:19}: " + ", ".join(
-            f"{n}: {100 * a:.0f}% in {s:.2g} s" for n, (a, s) in zip(shots, rows)))
-    accuracies, seconds = ({way: [row[i] for row in rows] for way, rows in ways.items()}
-                           for i in (0, 1))
-    return run.finish(test_loss=loss, test_accuracy=accuracy, test_accuracy_chance=0.1,
-                      heads_switched_off=heads, shots=shots, few_shot_accuracy=accuracies,
-                      few_shot_accuracy_chance=1 / 26, few_shot_seconds=seconds)
+    results["heads_switched_off"] = draw_inside(run, model, test_images, test_labels)
+    return run.finish(**results, **draw_few_shot(run, model), test_accuracy_chance=0.1,
+                      few_shot_accuracy_chance=1 / 26)
 
 if __name__ == "__main__":
     launch(main)

@@ -6,17 +6,13 @@
     loss     (CE of the rows + CE of the columns) / 2: the diagonal belongs together         ex. 6.1
     ITC      the same against slow encoders and a queue of their last M features             ex. 6.8
 
-The images are made on the fly: two MNIST digits, each in a color, one above or beside the other;
-the sentences say so in eight ways ("a red three above a blue seven", "the blue seven is below the
-red three"). Ten of the 60 digit-color pairs never occur in training: does the model compose?
-Ex. 6.6 has generators draw "a red cube on top of a blue cube"; here CLIP's features are asked which
-color is whose and what is above what. Which words occur is enough to tell most batches apart, so
+Images are made on the fly: two MNIST digits, each in a color, one above or beside the other, and
+sentences say so in eight ways. Ten of the 60 digit-color pairs never occur in training: does the
+model compose? Ex. 6.6 draws "a red cube on top of a blue cube"; here CLIP's features are asked
+which color is whose and what is above what. The words that occur tell most batches apart, so
 batches also hold twins: the same words, another meaning (hard negatives, as arXiv:2210.01936).
-
-Parameters are named as in openai/CLIP, so published weights load, "RN50" too (they want images and
-tokens prepared as there):
-
-    clip = importlib.import_module("06_clip").named("ViT-B/32")
+Parameters are named as in openai/CLIP, so published weights load, those of "RN50" too:
+    clip = importlib.import_module("06_clip").CLIP("ViT-B/32")
     weights = torch.jit.load("ViT-B-32.pt", "cpu").state_dict()
     [weights.pop(name) for name in ("input_resolution", "context_length", "vocab_size")]
     clip.load_state_dict(weights, strict=True)
@@ -33,20 +29,22 @@ Expect  on two CPU cores 8 minutes; six pictures and weights in out/06_clip. On 
           colors exchanged*    100.0  100.0   100.0  100.0    98.3   99.1     50
           digits exchanged*     99.8   99.7   100.0  100.0    82.8   80.4     50
           places exchanged*    100.0  100.0    49.1   50.6    99.7   99.9     50
-        * how often an image prefers its caption to the one with these exchanged.
-        Without twins color and digit bind, but what is above what is a coin's toss: no batch asks.
-        With them it is learned, and new pairs find their captions far more often, at the price of
-        some digits. The Vision Transformer (5 epochs) would need more images for the digits.
+        * how often an image prefers its caption to the one with these exchanged. Without twins no
+        batch asks what is above what; they teach it, and new pairs find captions far more often,
+        at the price of some digits. The ViT (5 epochs) would need more images for the digits.
         --compare, 120,000 images each: R@1 of CLIP 18.0, of ITC 63.6 at batches of 32; 67.8 and
         50.2 at batches of 256. The queue pays where batches are small; but with ITC exchanged
         places stay a coin's toss: perhaps one twin counts little among 4,096 others.
         Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-22.
-Try     --prompt "a white six left of a green two"; --twins 0; --tower vit; --compare; --loss itc;
-        --load out/06_clip/model.pt --epochs 0 --prompt "a red zero above a blue two" (a new pair).
+Try     easy: --load out/06_clip/model.pt --epochs 0 --prompt "a red zero above a blue two"
+        medium: --twins 0, then --twins 0.1. How many are enough for "places exchanged"?
+        harder: in `CLIP` leave out `+ self.positional_embedding[...]`, then also `causal=True`:
+        when does a sentence become a bag of words, and which rows fall to chance?
 """
 
 import copy
 import math
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -64,7 +62,7 @@ class Config:
     device: str = "auto"  # where to compute [auto|cuda|mps|cpu]
     seed: int = 0  # of weights, scenes and order [0..4294967295]
     epochs: int = 8  # as many images, twins too, as there are training digits [0..100000]
-    batch_size: int = 128  # scenes a step [2..60000]
+    batch_size: int = 128  # scenes a step [8..60000]
     lr: float = 2e-3  # learning rate: a short warm-up times a cosine down to 0 [0..1]
     train_size: int = 0  # training digits to use, 0 for all [0..60000]
     load: str = ""  # start from this model.pt; with --epochs 0 only evaluate and draw
@@ -77,46 +75,34 @@ class Config:
     twins: float = 0.5  # share of a batch that are twins of the rest [0..0.5]
     prompt: str = ""  # find the nearest test images for this sentence, several with ; between
 
-PRESETS = dict(compare=dict(epochs=2, batch_size=256), quick=dict(
-    train_size=256, epochs=2, batch_size=32, queue=100))
+PRESETS = dict(compare=dict(epochs=2, batch_size=256),
+               quick=dict(train_size=256, epochs=2, batch_size=32, queue=100))
 SHAPES = ("compare", "tower")
 PIXELS = (0, 1)  # black and full
 
 # ---- Scenes and sentences ------------------------------------------------------------------------
 
 DIGITS = "zero one two three four five six seven eight nine".split()
-COLORS = dict(red=(1, 0.25, 0.25), green=(0.25, 1, 0.25), blue=(0.35, 0.35, 1),
-              yellow=(1, 1, 0.25), magenta=(1, 0.25, 1), white=(1, 1, 1))
+INKS = dict(red=(1, 0.25, 0.25), green=(0.25, 1, 0.25), blue=(0.35, 0.35, 1),
+            yellow=(1, 1, 0.25), magenta=(1, 0.25, 1), white=(1, 1, 1))
 RELATIONS = (("above", "below"), ("left of", "right of"))  # from the first digit, from the second
 PHRASES = ("a {0} {1} a {2}", "the {0} is {1} the {2}", "there is a {0} {1} a {2}",
            "a {2} with a {0} {1} it")
-SLOTS = (10, 6, 10, 6, 2)  # a scene is five numbers: digit, color, digit, color, relation
+WORDS = sorted({*" ".join([*DIGITS, *INKS, *RELATIONS[0], *RELATIONS[1], *PHRASES]).split()}
+               - {"{0}", "{1}", "{2}"})
+START, END, LENGTH = len(WORDS) + 1, len(WORDS) + 2, 13  # tokens: 0 fills up, words count from 1
+SLOTS = torch.tensor([10, 6, 10, 6, 2])  # a scene: digit, color, digit, color, relation
+SCENES = torch.cartesian_prod(*map(torch.arange, SLOTS.tolist()))  # all of them, (7200, 5)
 EXCHANGES = dict(colors=[0, 3, 2, 1, 4], digits=[2, 1, 0, 3, 4], places=[2, 3, 0, 1, 4])
 
-def every_scene():
-    """All 7,200 scenes in order, (7200, 5)."""
-    return torch.cartesian_prod(*(torch.arange(n) for n in SLOTS))
-
 def number(scenes):
-    """Scenes (..., 5) -> their places in `every_scene()`."""
-    d1, c1, d2, c2, relation = scenes.unbind(-1)
-    return (((d1 * 6 + c1) * 10 + d2) * 6 + c2) * 2 + relation
+    """Scenes (..., 5) -> their places in SCENES."""
+    return scenes @ torch.tensor([720, 120, 12, 2, 1])
 
 def held_out(scenes):
-    """Whether a scene (..., 5) shows a digit in the color that it never has in training: ten of
-    the 60 pairs, a red zero, a green one, ..., a yellow nine."""
-    return (scenes[..., 0] % 6 == scenes[..., 1]) | (scenes[..., 2] % 6 == scenes[..., 3])
-
-def draw_scenes(first, second, held=False):
-    """Two digits (B,) each -> scenes (B, 5), the first above or left of the second. Held-out pairs
-    never occur, or (`held`) one or two in every scene."""
-    B = len(first)
-    colors = torch.stack([first, second], 1) + torch.randint(1, 6, (B, 2))
-    if held:
-        which = torch.randint(3, (B,))  # the first, the second, or both
-        colors[which != 1, 0], colors[which != 0, 1] = first[which != 1], second[which != 0]
-    c1, c2 = (colors % 6).unbind(1)
-    return torch.stack([first, c1, second, c2, torch.randint(2, (B,))], 1)
+    """Whether a digit in a scene (..., 5) has the color that it never has in training: ten of the
+    60 pairs, a red zero, a green one, ..., a yellow nine."""
+    return (scenes[..., [0, 2]] % 6 == scenes[..., [1, 3]]).any(-1)
 
 def twins(scenes):
     """The same words, another meaning: scenes (B, 5) with their colors exchanged, or else the
@@ -128,60 +114,69 @@ def twins(scenes):
 
 def sentence(scene, saying=0):
     """A scene (5 numbers) in one of eight sayings: four phrases, each from either digit's side."""
-    d1, c1, d2, c2, relation = (int(v) for v in scene)
-    names = list(COLORS)
+    d1, c1, d2, c2, relation = scene
+    names = list(INKS)
     things = [f"{names[c1]} {DIGITS[d1]}", f"{names[c2]} {DIGITS[d2]}"]
     first, second = things if saying < 4 else things[::-1]
     return PHRASES[saying % 4].format(first, RELATIONS[relation][saying // 4], second)
 
-class Tokenizer:
-    """Sentences -> tokens: 0 fills up, words count from 1, then start, and end of text is last."""
+def tokenize(sentences):
+    """Sentences -> tokens (B, 13): start, words, end, zeros. What is too long is cut."""
+    rows = torch.zeros(len(sentences), LENGTH, dtype=torch.long)
+    for row, text in zip(rows, sentences):
+        ids = [START, *(1 + WORDS.index(word) for word in text.split()[:LENGTH - 2]), END]
+        row[:len(ids)] = torch.tensor(ids)
+    return rows
 
-    def __init__(self, length=13):
-        text = " ".join([*DIGITS, *COLORS, *map(" ".join, RELATIONS), *PHRASES])
-        self.words, self.length = sorted(set(re.findall("[a-z]+", text))), length
-        self.place = {word: i + 1 for i, word in enumerate(self.words)}
-        self.start, self.end = len(self.words) + 1, len(self.words) + 2
+def tokens(scenes, saying=None):
+    """Scenes (B, 5) -> tokens (B, 13), all in one saying or each in any."""
+    sayings = ([saying] * len(scenes) if saying is not None else
+               torch.randint(8, (len(scenes),)).tolist())
+    return tokenize([*map(sentence, scenes.tolist(), sayings)])
 
-    def __call__(self, sentences):
-        """Sentences -> tokens (B, length). Raises ValueError at an unknown word, no words, and too
-        many."""
-        rows = torch.zeros(len(sentences), self.length, dtype=torch.long)
-        for row, text in zip(rows, sentences):
-            words = text.lower().rstrip(". ").split()
-            odd = [word for word in words if word not in self.place]
-            if odd:
-                raise ValueError(f"{odd[0]!r} is unknown; the words are: {' '.join(self.words)}")
-            if not 0 < len(words) <= self.length - 2:
-                raise ValueError(f"{text!r} has {len(words)} words, not 1 to {self.length - 2}")
-            row[:len(words) + 2] = torch.tensor(
-                [self.start, *(self.place[word] for word in words), self.end])
-        return rows
-
-    def book(self):
-        """Every scene in all eight sayings, (7200, 8, length)."""
-        return torch.stack([self([sentence(scene, k) for k in range(8)])
-                            for scene in every_scene().tolist()])
-
-def render(first, second, scenes, size=40):
-    """Digits uint8 (B, 28, 28) twice, scenes (B, 5) -> images (B, 3, size, size) in [0, 1].
-
-    Size and place are random: along the relation's axis each digit keeps to its half, across it
-    both lie anywhere, not far from each other. Lengths are in half canvases."""
+def render(digits, scenes):
+    """Digits uint8 (B, 2, 28, 28), scenes (B, 5) -> images (B, 3, 40, 40) in [0, 1]. Size and
+    place are random: along the relation's axis each digit keeps to its half, across it both lie
+    anywhere, not far from each other. Lengths are in half canvases."""
     B, flat = len(scenes), scenes[:, 4:] == 1  # left of: along x
-    half = torch.empty(B, 2).uniform_(0.52, 0.64)  # of a whole MNIST image with its rim
+    half = torch.empty(B, 2, 1, 1).uniform_(0.52, 0.64)  # of a whole MNIST image with its rim
     across = torch.empty(B, 1).uniform_(-0.3, 0.3) + torch.empty(B, 2).uniform_(-0.15, 0.15)
     along = torch.tensor([-0.48, 0.48]) + torch.empty(B, 2).uniform_(-0.03, 0.03)
-    x, y = along.where(flat, across), across.where(flat, along)
-    theta = torch.zeros(B, 2, 2, 3)  # places on the canvas -> places in the digit
-    theta[..., 0, 0] = theta[..., 1, 1] = 1 / half
-    theta[..., 0, 2], theta[..., 1, 2] = -x / half, -y / half
-    color = torch.tensor(list(COLORS.values()))[scenes[:, [1, 3]]]
+    place = torch.stack([along.where(flat, across), across.where(flat, along)], 2)  # x, y
+    theta = torch.cat([torch.eye(2).expand(B, 2, 2, 2), -place[..., None]], 3) / half
+    color = torch.tensor(list(INKS.values()))[scenes[:, [1, 3]]]
     color = color * torch.empty(B, 2, 1).uniform_(0.75, 1)  # (B, 2, 3), not always as bright
-    ink = torch.stack([first, second], 1).flatten(0, 1)[:, None].float() / 255  # (2B, 1, 28, 28)
-    grid = F.affine_grid(theta.flatten(0, 1).to(ink), (2 * B, 1, size, size), align_corners=False)
-    ink = F.grid_sample(ink, grid, align_corners=False).view(B, 2, 1, size, size)
+    ink = digits.flatten(0, 1)[:, None].float() / 255  # (2B, 1, 28, 28)
+    grid = F.affine_grid(theta.flatten(0, 1).to(ink), (2 * B, 1, 40, 40), align_corners=False)
+    ink = F.grid_sample(ink, grid, align_corners=False).view(B, 2, 1, 40, 40)
     return (ink * color[..., None, None].to(ink)).amax(1)  # (B, 2, 3, H, W) -> (B, 3, H, W)
+
+def sample_pairs(digits, labels, index, share=0.0, held=False):
+    """Digits uint8 (N, 28, 28) of an index (B,), each with another, the first above or left of it
+    -> images (B, 3, H, W), scenes (B, 5). Held-out pairs never occur, or (`held`) one or two in
+    every scene. A `share` of the batch gives way to the twins of its beginning."""
+    B, n = len(index), int(share * len(index))
+    index = torch.stack([index.cpu(), torch.randint(len(digits), (B,))], 1)
+    digit = labels[index]  # (B, 2)
+    color = digit + torch.randint(1, 6, (B, 2))  # modulo 6; + 0 would be the held-out color
+    if held:
+        which = torch.randint(3, (B,))  # the first, the second, or both
+        color = torch.where(torch.stack([which != 1, which != 0], 1), digit, color)
+    relation = torch.randint(2, (B, 1))
+    scenes = torch.cat([torch.stack([digit, color % 6], 2).flatten(1), relation], 1)
+    twin, move = twins(scenes[:n])
+    scenes = torch.cat([scenes[:B - n], twin])
+    moved = torch.where(move[:, None], index[:n].flip(1), index[:n])
+    index = torch.cat([index[:B - n], moved]).to(digits.device)
+    return render(digits[index], scenes), scenes
+
+def different_pairs(digits, labels, count, held):
+    """At most `count` images and scenes, no two of which say the same."""
+    index = torch.randint(len(digits), (3 * count,))
+    images, scenes = sample_pairs(digits, labels, index, held=held)
+    keep = torch.as_tensor(np.unique(number(scenes), return_index=True)[1])
+    keep = keep[torch.randperm(len(keep))[:count]]
+    return images[keep.to(images.device)], scenes[keep]
 
 # ---- Two towers ----------------------------------------------------------------------------------
 
@@ -196,12 +191,10 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, N, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        qkv = qkv.view(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, N, 3, h, D/h) -> 3 x (B, h, N, D/h)
-        heads = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(heads.transpose(1, 2).reshape(B, N, D))  # (B, h, N, D/h) -> (B, N, D)
+        qkv = qkv.unflatten(2, (3, self.num_heads, -1))  # (B, N, 3D) -> (B, N, 3, h, D/h)
+        heads = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=self.causal)
+        return self.out_proj(heads.transpose(1, 2).flatten(2))  # (B, h, N, D/h) -> (B, N, D)
 
 class QuickGELU(nn.Module):
     """x σ(1.702 x), close to GELU."""
@@ -215,9 +208,9 @@ class ResidualAttentionBlock(nn.Module):
     def __init__(self, dim, num_heads, causal, depth):
         super().__init__()
         self.attn = Attention(dim, num_heads, causal)
-        self.ln_1, self.ln_2, self.mlp = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Sequential()
-        self.mlp.c_fc, self.mlp.gelu = nn.Linear(dim, 4 * dim), QuickGELU()
-        self.mlp.c_proj = nn.Linear(4 * dim, dim)
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(dim, 4 * dim), gelu=QuickGELU(), c_proj=nn.Linear(4 * dim, dim)))
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * dim)**-0.5)
         for last in (self.attn.out_proj, self.mlp.c_proj):  # small, for 2 · depth of them add up
             nn.init.normal_(last.weight, std=(2 * depth * dim)**-0.5)
@@ -227,16 +220,10 @@ class ResidualAttentionBlock(nn.Module):
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
-class Transformer(nn.Module):
+def transformer(dim, depth, num_heads, causal=False):
     """A stack of blocks."""
-
-    def __init__(self, dim, depth, num_heads, causal=False):
-        super().__init__()
-        self.resblocks = nn.Sequential(
-            *(ResidualAttentionBlock(dim, num_heads, causal, depth) for _ in range(depth)))
-
-    def forward(self, x):
-        return self.resblocks(x)
+    blocks = (ResidualAttentionBlock(dim, num_heads, causal, depth) for _ in range(depth))
+    return nn.Sequential(OrderedDict(resblocks=nn.Sequential(*blocks)))
 
 class VisionTransformer(nn.Module):
     """Images (B, 3, H, W) -> (B, E): patches, and a class token that answers for all."""
@@ -248,7 +235,7 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(
             dim**-0.5 * torch.randn((side // patch_size)**2 + 1, dim))
         self.ln_pre, self.ln_post = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.transformer = Transformer(dim, depth, num_heads)
+        self.transformer = transformer(dim, depth, num_heads)
         self.proj = nn.Parameter(dim**-0.5 * torch.randn(dim, embed_dim))
 
     def forward(self, x):
@@ -257,21 +244,23 @@ class VisionTransformer(nn.Module):
         x = self.transformer(self.ln_pre(x + self.positional_embedding))
         return self.ln_post(x[:, 0]) @ self.proj  # (B, 1 + N, D) -> (B, D) -> (B, E)
 
+def conv(inputs, outputs, kernel=1, stride=1):
+    """A convolution that keeps the size, without bias: a norm follows."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+
 class Bottleneck(nn.Module):
     """A residual block: convolutions of 1x1, 3x3 and 1x1; its stride is an average of pixels."""
 
     def __init__(self, inputs, planes, stride):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, planes, 1, bias=False), nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
+        dim = 4 * planes
+        self.conv1, self.bn1 = conv(inputs, planes), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = conv(planes, dim), nn.BatchNorm2d(dim)
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
-        self.bn3, self.downsample = nn.BatchNorm2d(4 * planes), nn.Identity()
+        self.downsample = (nn.Identity() if stride == 1 and inputs == dim else
+                           nn.Sequential(conv(inputs, dim), nn.BatchNorm2d(dim)))
         nn.init.zeros_(self.bn3.weight)  # at first only what goes around counts
-        if stride > 1 or inputs != 4 * planes:
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, 4 * planes, 1, bias=False),
-                                            nn.BatchNorm2d(4 * planes))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -304,50 +293,45 @@ class ModifiedResNet(nn.Module):
 
     def __init__(self, side, width, layers, head_width, embed_dim):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
-        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(width // 2), nn.BatchNorm2d(width // 2)
-        self.bn3, self.stages = nn.BatchNorm2d(width), len(layers)
-        dim = width
+        half, dim = width // 2, width
+        self.conv1, self.conv2 = conv(3, half, 3, stride=2), conv(half, half, 3)
+        self.conv3, self.bn1 = conv(half, width, 3), nn.BatchNorm2d(half)
+        self.bn2, self.bn3 = nn.BatchNorm2d(half), nn.BatchNorm2d(width)
         for i, count in enumerate(layers):
-            planes = width * 2**i
-            stage = [Bottleneck(dim, planes, 2 if i else 1),
-                     *(Bottleneck(4 * planes, planes, 1) for _ in range(count - 1))]
-            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
-            dim = 4 * planes
-        self.attnpool = AttentionPool2d(side // 2**(self.stages + 1), dim, dim // head_width,
+            stage, planes = nn.Sequential(), width * 2**i
+            for j in range(count):
+                stage.append(Bottleneck(dim, planes, stride=2 if i and not j else 1))
+                dim = 4 * planes
+            self.add_module(f"layer{i + 1}", stage)
+        self.attnpool = AttentionPool2d(side // 2**(len(layers) + 1), dim, dim // head_width,
                                         embed_dim)
 
     def forward(self, x):
         for i in (1, 2, 3):
             x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
         x = F.avg_pool2d(x, 2)  # (B, 3, H, W) -> (B, D, H/4, W/4)
-        for i in range(self.stages):
-            x = getattr(self, f"layer{i + 1}")(x)
+        for name, stage in self.named_children():
+            x = stage(x) if name.startswith("layer") else x
         return self.attnpool(x)
 
-class CLIP(nn.Module):
-    """Both towers and the temperature; `vision_layers` is a number for a Vision Transformer, the
-    blocks of each stage for a residual network."""
+MODELS = {  # an image tower with its sizes; of the text tower: words, length, width, depth, heads
+    "ViT-B/32": (VisionTransformer, (224, 32, 768, 12, 12, 512), (49408, 77, 512, 12, 8)),
+    "RN50": (ModifiedResNet, (224, 64, (3, 4, 6, 3), 64, 1024), (49408, 77, 512, 12, 8)),
+    "vit": (VisionTransformer, (40, 8, 96, 4, 4, 128), (END + 1, LENGTH, 96, 3, 3)),
+    "resnet": (ModifiedResNet, (40, 16, (1, 1), 16, 128), (END + 1, LENGTH, 96, 3, 3))}
 
-    def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
-                 context_length, vocab_size, transformer_width, transformer_heads,
-                 transformer_layers, head_width=64):
+class CLIP(nn.Module):
+    """Both towers and the temperature, in one of the sizes of MODELS."""
+
+    def __init__(self, name):
         super().__init__()
-        if isinstance(vision_layers, tuple):
-            self.visual = ModifiedResNet(image_resolution, vision_width, vision_layers, head_width,
-                                         embed_dim)
-        else:
-            self.visual = VisionTransformer(
-                image_resolution, vision_patch_size, vision_width, vision_layers,
-                vision_width // head_width, embed_dim)
-        width, self.end = transformer_width, vocab_size - 1  # end of text: the last token's id
-        self.transformer = Transformer(width, transformer_layers, transformer_heads, causal=True)
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
-        self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+        tower, sizes, (vocab_size, length, dim, depth, num_heads) = MODELS[name]
+        self.visual, self.end = tower(*sizes), vocab_size - 1  # end of text: the last token
+        self.transformer = transformer(dim, depth, num_heads, causal=True)
+        self.token_embedding = nn.Embedding(vocab_size, dim)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(length, dim))
+        self.ln_final = nn.LayerNorm(dim)
+        self.text_projection = nn.Parameter(dim**-0.5 * torch.randn(dim, sizes[-1]))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # t; e^t = 14.3
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
@@ -357,14 +341,10 @@ class CLIP(nn.Module):
 
     def encode_text(self, text, tokens=False):
         """Tokens (B, L) -> (B, E), read off at the first end of text; with `tokens` also one
-        encoding a token (B, L, D), 0 after the end (ex. 6.4). Raises ValueError where a text has
-        no end."""
-        ends = text == self.end
-        if not ends.any(1).all():
-            raise ValueError(f"a text has no end-of-text token {self.end}")
+        encoding a token (B, L, D), 0 after the end (ex. 6.4)."""
         x = self.token_embedding(text) + self.positional_embedding[:text.shape[1]]
         x = self.ln_final(self.transformer(x))  # (B, L) -> (B, L, D)
-        at = ends.int().argmax(1)
+        at = (text == self.end).int().argmax(1)
         pooled = x[torch.arange(len(x), device=x.device), at] @ self.text_projection  # -> (B, E)
         inside = torch.arange(text.shape[1], device=x.device) <= at[:, None]
         return (pooled, x * inside[..., None]) if tokens else pooled
@@ -374,28 +354,10 @@ class CLIP(nn.Module):
         images, text = self.encode_image(images), self.encode_text(text)
         return self.logit_scale.exp() * F.normalize(images, dim=1) @ F.normalize(text, dim=1).T
 
-PUBLISHED = dict(context_length=77, vocab_size=49408, transformer_width=512, transformer_heads=8,
-                 transformer_layers=12, image_resolution=224)
-OURS = dict(context_length=13, vocab_size=30, transformer_width=96, transformer_heads=3,
-            transformer_layers=3, image_resolution=40, embed_dim=128)
-MODELS = {
-    "ViT-B/32": dict(PUBLISHED, embed_dim=512, vision_layers=12, vision_width=768,
-                     vision_patch_size=32),
-    "RN50": dict(PUBLISHED, embed_dim=1024, vision_layers=(3, 4, 6, 3), vision_width=64,
-                 vision_patch_size=None),
-    "resnet": dict(OURS, vision_layers=(1, 1), vision_width=16, vision_patch_size=None,
-                   head_width=16),
-    "vit": dict(OURS, vision_layers=4, vision_width=96, vision_patch_size=8, head_width=24)}
-
-def named(name):
-    """One of MODELS: published ones, and the small towers of this script."""
-    return CLIP(**MODELS[name])
-
 # ---- Contrastive losses --------------------------------------------------------------------------
 
 def clip_loss(images, texts, scale, same=None):
     """loss_i over the rows and loss_t over the columns (ex. 6.1), in nats; CLIP's is their mean.
-
     Features (B, E) of length 1, scale = e^t. `same` (B, B): which texts say the same; off the
     diagonal these are no negatives and left out, else k equal ones cost ln k at best. Without it
     identical features cost ln B."""
@@ -405,17 +367,15 @@ def clip_loss(images, texts, scale, same=None):
         logits = logits.masked_fill(same & (target != target[:, None]), -math.inf)
     return F.cross_entropy(logits, target), F.cross_entropy(logits.T, target)
 
-class Momentum(nn.Module):
+class Momentum:
     """ITC's slow copy of the model, θ', and the queue of its last M features and their scenes'
     numbers (-1: still empty)."""
 
-    def __init__(self, model, size, embed_dim, momentum):
-        super().__init__()
-        self.momentum, self.count = momentum, 0
-        self.slow = copy.deepcopy(model).requires_grad_(False)
-        self.register_buffer("images", torch.zeros(size, embed_dim))
-        self.register_buffer("texts", torch.zeros(size, embed_dim))
-        self.register_buffer("numbers", torch.full((size,), -1))
+    def __init__(self, model, size, momentum):
+        self.slow, self.momentum = copy.deepcopy(model).requires_grad_(False), momentum
+        self.images = model.text_projection.new_zeros(size, model.text_projection.shape[1])
+        self.texts, self.count = self.images.clone(), 0
+        self.numbers = torch.full((size,), -1, device=self.images.device)
 
     @torch.no_grad()
     def update(self, model):
@@ -432,13 +392,11 @@ class Momentum(nn.Module):
 
 def itc_loss(images, texts, slow_images, slow_texts, queue, numbers, scale):
     """Image to text and text to image (ex. 6.8, arXiv:2107.07651 §3.2), in nats; ITC is their mean.
-
     Features (B, E) against the slow ones of the other modality: this batch's, of which number a
     is right for a, and the queue's; scale = 1/τ. Equal scenes are no negatives. With none of them
     and a full queue identical features cost ln(B + M)."""
-    B = len(images)
     others = torch.cat([numbers, queue.numbers])
-    target = torch.arange(B, device=images.device)
+    target = torch.arange(len(images), device=images.device)
     skip = (numbers[:, None] == others) | (others < 0)  # (B, B + M)
     skip[target, target] = False
     losses = []
@@ -450,43 +408,45 @@ def itc_loss(images, texts, slow_images, slow_texts, queue, numbers, scale):
 # ---- What was learned, and what binds to what ----------------------------------------------------
 
 @torch.no_grad()
-def features(encode, inputs):
-    """Inputs -> features (N, E) of length 1, in portions."""
-    return torch.cat([F.normalize(encode(some), dim=1) for some in inputs.split(500)])
+def features(model, inputs):
+    """Images (N, 3, H, W) or tokens (N, L) -> features (N, E) of length 1, in portions."""
+    encode = model.encode_image if inputs.ndim == 4 else model.encode_text
+    return torch.cat([F.normalize(encode(some.to(model.logit_scale.device)), dim=1)
+                      for some in inputs.split(500)])
 
 def recall(similarity, k):
-    """Share of the rows of (N, N) whose own column is among the k most similar."""
+    """Whether the own column of each row of (N, N) is among the k most similar, (N,)."""
     rank = (similarity >= similarity.diagonal()[:, None]).sum(1)  # 0 where it is not a number
-    return ((rank >= 1) & (rank <= k)).float().mean().item()
+    return (rank >= 1) & (rank <= k)
 
-def zero_shot(similarity, scenes):
-    """Which of the captions with one thing open is most similar? From similarities (N, 7200) to
-    all captions; shares of right answers."""
-    table, row, right = similarity.view(-1, *SLOTS), torch.arange(len(scenes)), {}
-    for slot, name in enumerate(("digit", "color", "digit", "color")):
-        told = [row, *scenes.unbind(1)]
-        told[slot + 1] = slice(None)
-        values = table[tuple(told)]  # (N, 10) or (N, 6)
-        right.setdefault(name, []).append(values.argmax(1) == scenes[:, slot])
-    across = scenes.clone()
-    across[:, 4] = 1 - across[:, 4]
-    four = [order[:, v] for order in (scenes, across) for v in (range(5), EXCHANGES["places"])]
-    values = similarity.gather(1, number(torch.stack(four, 1)))  # the true one first
-    right["relation"] = [values.argmax(1) == 0]
-    return {name: torch.cat(v).float().mean().item() for name, v in right.items()}
+def prefers(similarity, scenes, others):
+    """Whether images are nearer to their own captions than to those of other scenes (N, K, 5);
+    from the similarities (N, 7200) to all captions."""
+    own, others = number(scenes)[:, None], number(others % SLOTS)
+    nearer = similarity.gather(1, own) > similarity.gather(1, others)
+    return (nearer | (others == own)).all(1)  # (N, K) -> (N,); equal scenes are no others
 
-def binding(similarity, scenes):
-    """How often an image prefers its caption to the same words with colors, digits or places
-    exchanged, among scenes of two digits that differ, in two colors. A foil has a pair never
-    seen only where the caption has one, too; those of such captions mostly have none."""
-    row, shares = torch.arange(len(scenes)), {}
+def evaluate(images, texts, scenes):
+    """All results by name from the features of N images (N, E) and of all captions (7200, E)."""
+    similarity, right = (images @ texts.T).cpu(), {}
+    own = similarity[:, number(scenes)]  # (N, N)
+    for way, part in (("image to text", own), ("text to image", own.T)):
+        right |= {f"{way} R@{k}": recall(part, k) for k in (1, 5)}
+    one = torch.eye(5, dtype=torch.long)  # zero-shot: all captions that differ in one thing only
+    for name, slots in dict(digit=(0, 2), color=(1, 3)).items():
+        steps = [torch.arange(1, SLOTS[i])[:, None] * one[i] for i in slots]
+        right[name] = torch.cat([prefers(similarity, scenes, scenes[:, None] + s) for s in steps])
+    across, swap = scenes + one[4], EXCHANGES["places"]
+    others = torch.stack([scenes[:, swap], across, across[:, swap]], 1)
+    right["relation"] = prefers(similarity, scenes, others)
+    # binding, among scenes of two digits that differ, in two colors; a foil has a pair never seen
+    # only where the caption has one, too, and those of such captions mostly have none
     two = (scenes[:, :2] != scenes[:, 2:4]).all(1)
     for name, order in EXCHANGES.items():
         foils = scenes[:, order]
         fair = two & (held_out(scenes) | ~held_out(foils))
-        won = similarity[row, number(scenes)] > similarity[row, number(foils)]
-        shares[name] = won[fair].float().mean().item()
-    return shares
+        right[f"{name} exchanged"] = prefers(similarity, scenes, foils[:, None])[fair]
+    return {name: hits.float().mean().item() for name, hits in right.items()}
 
 def chance(N):
     """What guessing reaches in `evaluate`."""
@@ -494,65 +454,18 @@ def chance(N):
     shares |= {"digit": 1 / 10, "color": 1 / 6, "relation": 1 / 4}
     return shares | {f"{name} exchanged": 1 / 2 for name in EXCHANGES}
 
-def evaluate(images, texts, scenes):
-    """All results by name from the features of N images (N, E) and of all captions (7200, E)."""
-    similarity = (images @ texts.T).cpu()
-    own = similarity[:, number(scenes)]  # (N, N)
-    results = {f"{way} R@{k}": recall(part, k) for way, part in (
-        ("image to text", own), ("text to image", own.T)) for k in (1, 5)}
-    results.update(zero_shot(similarity, scenes))
-    return results | {f"{k} exchanged": v for k, v in binding(similarity, scenes).items()}
-
 # ---- Training ------------------------------------------------------------------------------------
-
-class Pairs:
-    """Images and sentences from digits uint8 (N, 28, 28) and their labels (N,)."""
-
-    def __init__(self, digits, labels, book):
-        self.digits, self.labels, self.book = digits, labels.cpu(), book
-
-    def draw(self, index, share=0.0, held=False):
-        """Digits of an index (B,), each with another, -> images (B, 3, H, W), scenes (B, 5).
-        A `share` of the batch gives way to the twins of its beginning."""
-        index = index.cpu()
-        other = torch.randint(len(self.digits), (len(index),))
-        scenes = draw_scenes(self.labels[index], self.labels[other], held)
-        if n := int(share * len(index)):
-            twin, move = twins(scenes[:n])
-            pair = torch.stack([index[:n], other[:n]])
-            pair = torch.where(move, pair.flip(0), pair)
-            index, other = (torch.cat([v[:-n], p]) for v, p in zip((index, other), pair))
-            scenes = torch.cat([scenes[:-n], twin])
-        first, second = (self.digits[i.to(self.digits.device)] for i in (index, other))
-        return render(first, second, scenes), scenes
-
-    def different(self, count, held=False):
-        """At most `count` images and scenes, no two of which say the same."""
-        images, scenes = self.draw(torch.randint(len(self.digits), (3 * count,)), held=held)
-        keep = torch.as_tensor(np.unique(number(scenes).numpy(), return_index=True)[1])
-        keep = keep[torch.randperm(len(keep))[:count]]
-        return images[keep.to(images.device)], scenes[keep]
-
-    def tokens(self, scenes, saying=None):
-        """Scenes (B, 5) -> tokens (B, L), in one saying or in any."""
-        saying = torch.randint(8, (len(scenes),)) if saying is None else saying
-        return self.book[number(scenes), saying].to(self.digits.device)
 
 class Learner:
     """A model with its loss ("clip" or "itc"), its optimizer and its size of batch."""
 
-    def __init__(self, config, loss, batch_size, device):
-        torch.manual_seed(config.seed)
-        self.model, self.batch_size = named(config.tower).to(device), batch_size
-        self.memory = None
-        if loss == "itc":
-            memory = Momentum(self.model, config.queue, OURS["embed_dim"], config.momentum)
-            self.memory = memory.to(device)
-        wide = [p for p in self.model.parameters() if p.ndim > 1]  # norms and biases do not decay
-        rest = [p for p in self.model.parameters() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [dict(params=wide, weight_decay=0.1), dict(params=rest, weight_decay=0)], config.lr,
-            (0.9, 0.98))
+    def __init__(self, model, config, loss, batch_size):
+        self.model, self.batch_size = model, batch_size
+        self.memory = Momentum(model, config.queue, config.momentum) if loss == "itc" else None
+        wide = [p for p in model.parameters() if p.ndim > 1]
+        rest = [p for p in model.parameters() if p.ndim < 2]  # norms and biases do not decay
+        self.optimizer = torch.optim.AdamW([dict(params=wide), dict(params=rest, weight_decay=0)],
+                                           betas=(0.9, 0.98), weight_decay=0.1)
 
     def loss(self, images, tokens, numbers):
         """loss_i and loss_t of a batch; the queue takes its slow features up."""
@@ -561,13 +474,12 @@ class Learner:
                 pair = model.encode_image(images), model.encode_text(tokens)
             return [F.normalize(v.float(), dim=1) for v in pair]
 
-        pair, memory, scale = both(self.model), self.memory, self.model.logit_scale.exp()
-        if memory is None:
-            return clip_loss(*pair, scale, numbers[:, None] == numbers)
-        with torch.no_grad():
-            slow = both(memory.slow)
-        losses = itc_loss(*pair, *slow, memory, numbers, scale)
-        memory.push(*slow, numbers)
+        fast, scale = both(self.model), self.model.logit_scale.exp()
+        if self.memory is None:
+            return clip_loss(*fast, scale, numbers[:, None] == numbers)
+        slow = both(self.memory.slow)
+        losses = itc_loss(*fast, *slow, self.memory, numbers, scale)
+        self.memory.push(*slow, numbers)
         return losses
 
     def step(self, losses, lr):
@@ -583,7 +495,7 @@ class Learner:
         if self.memory is not None:
             self.memory.update(self.model)
 
-def train(run, learners, pairs, tests):
+def train(run, learners, digits, labels, tests):
     """Trains every learner on the same digits, each in batches of its own size."""
     c = run.config
 
@@ -592,128 +504,121 @@ def train(run, learners, pairs, tests):
         for name, learner in learners.items():
             model = learner.model.eval()
             for kind, (images, scenes) in tests.items():
-                text = features(model.encode_text, pairs.tokens(scenes, 0))
-                similarity = features(model.encode_image, images) @ text.T
-                row[f"{name} R@1 {kind}"] = recall(similarity, 1)
+                similarity = features(model, images) @ features(model, tokens(scenes, 0)).T
+                row[f"{name} R@1 {kind}"] = recall(similarity, 1).float().mean().item()
             row[f"{name} e^t"] = model.logit_scale.exp().item()
             model.train()
         return row
 
-    for index in run.batches(len(pairs.digits), report, per_epoch=2):
+    for index in run.batches(len(digits), report, per_epoch=2):
         warm, done = min(1, (run.step + 1) / min(200, run.steps / 10)), run.step / run.steps
         lr, terms = c.lr * warm * (1 + math.cos(math.pi * done)) / 2, {}
         for name, learner in learners.items():
             parts = []
             for some in index.split(learner.batch_size):
-                images, scenes = pairs.draw(some, c.twins)
-                losses = learner.loss(images, pairs.tokens(scenes), number(scenes).to(run.device))
+                images, scenes = sample_pairs(digits, labels, some, c.twins)
+                losses = learner.loss(images, tokens(scenes).to(run.device),
+                                      number(scenes).to(run.device))
                 learner.step(losses, lr)
                 parts.append(torch.stack(losses).detach())
             loss_i, loss_t = torch.stack(parts).mean(0)
-            terms.update({f"{name} loss_i": loss_i, f"{name} loss_t": loss_t})
+            terms |= {f"{name} loss_i": loss_i, f"{name} loss_t": loss_t}
         run.log(**terms)
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-def show(axes, image, text, color="black"):
+def show(axes, image, text):
     """One image (3, H, W) under a short text."""
     axes.imshow(image.permute(1, 2, 0).cpu().numpy())
-    axes.set_title(text, fontsize=8, color=color)
+    axes.set_title(text, fontsize=8)
     axes.set_axis_off()
 
 def draw_pairs(run, images, scenes):
     """Six scenes with their captions, each above its twin."""
     places = (figure := Figure((11, 4.4), layout="constrained")).subplots(2, 6).flat
-    for k, (axes, image, scene) in enumerate(zip(places, images, scenes)):
+    for k, (axes, image, scene) in enumerate(zip(places, images, scenes.tolist())):
         words = sentence(scene, k % 6).split()
         show(axes, image, " ".join(words[:5]) + "\n" + " ".join(words[5:]))
-    run.figure("pairs", "Images, captions, and below each its twin: other meaning, same words",
-               figure)
+    run.figure("pairs", "Below each image its twin: the same words, another meaning", figure)
 
 def draw_training(run, names):
     """Losses, retrieval and temperature over training, for every learner."""
     panels = (figure := Figure((12, 3.6), layout="constrained")).subplots(1, 3)
     epochs = [row["epoch"] for row in run.history]
-    for i, name in enumerate(names):
-        for axes, keys in zip(panels, (["loss_i", "loss_t"], ["R@1 seen", "R@1 new"], ["e^t"])):
+    lines = {"loss in nats": ("loss_i", "loss_t"), "e^t, at most 100": ("e^t",),
+             "share of unseen images\nthat find their caption": ("R@1 seen", "R@1 new")}
+    for axes, (ylabel, keys) in zip(panels, lines.items()):
+        for i, name in enumerate(names):
             for key, style in zip(keys, "-:"):
                 axes.plot(epochs, [row[f"{name} {key}"] for row in run.history], f"C{i}{style}",
-                          marker="os^D"[i], markersize=4, label=f"{name}: {key}")
-            axes.set_xlabel("epoch")
-            axes.legend(fontsize=7)
-    panels[0].set(ylabel="loss in nats", ylim=0)
-    panels[1].set(ylabel="share of unseen images\nthat find their caption", ylim=(0, 1))
-    panels[2].set(ylabel="e^t, at most 100")
-    run.figure("training", "Losses, retrieval of unseen images, temperature", figure)
+                          marker="os^D"[i], label=f"{name}: {key}")
+        axes.set(xlabel="epoch", ylabel=ylabel, ylim=0)
+        axes.legend(fontsize=8)
+    found = ", ".join(f"{name} {run.history[-1][f'{name} R@1 seen']:.0%}" for name in names)
+    run.figure("training", f"Unseen images that find their caption at the end: {found}", figure)
 
 def draw_similarity(run, images, cosines, scenes):
     """Test images (8), their captions and all 64 cosines."""
     axes = (figure := Figure((10, 6), layout="constrained")).subplots()
-    axes.imshow(cosines.numpy(), cmap="gray", extent=(0, len(scenes), len(scenes), 0))
+    shown = axes.imshow(cosines.numpy(), cmap="gray", extent=(0, 8, 8, 0))
     for k, image in enumerate(images):
         axes.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(k, k + 1, 0, -1))
-    for i, row in enumerate(cosines.tolist()):
-        for j, value in enumerate(row):
-            axes.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                      color="black" if value > (cosines.min() + cosines.max()) / 2 else "white")
-    axes.set(xlim=(0, len(scenes)), ylim=(len(scenes), -1), xticks=[])
-    axes.set_yticks([i + 0.5 for i in range(len(scenes))], [sentence(scene) for scene in scenes])
-    run.figure("similarity", "Cosines of eight test images with eight captions", figure)
+    axes.set(xlim=(0, 8), ylim=(8, -1), xticks=[])
+    axes.set_yticks(np.arange(8) + 0.5, map(sentence, scenes.tolist()))
+    figure.colorbar(shown, label="cosine")
+    right = (cosines.argmax(0) == torch.arange(8)).sum()
+    run.figure("similarity", f"{right} of eight images are nearest to their own caption", figure)
 
-def draw_prompts(run, model, tokens, prompts, images, encoded, scenes, book):
-    """The six images nearest to each prompt; green where a prompt tells of the whole scene."""
+def draw_prompts(run, prompts, cosines, images, scenes):
+    """The six images nearest to each prompt, and which are right if it tells a whole scene."""
     figure = Figure((8, 0.5 + 1.75 * len(prompts)), layout="constrained")
     rows = figure.subfigures(len(prompts), 1, squeeze=False)[:, 0]
-    cosines = features(model.encode_text, tokens.to(encoded.device)) @ encoded.T
-    for row, prompt, said, cosine in zip(rows, prompts, tokens, cosines.cpu()):
-        meant = (book == said).all(2).any(1).nonzero()[:, 0]  # its scene, if it tells a whole one
+    told = [[sentence(scene, k) for k in range(8)] for scene in scenes.tolist()]
+    for row, prompt, cosine in zip(rows, prompts, cosines):
+        right = [prompt in sayings for sayings in told]
         for axes, k in zip(row.subplots(1, 6), cosine.topk(6)[1].tolist()):
-            right = bool((number(scenes[k]) == meant).any())
-            show(axes, images[k], f"{cosine[k]:.2f}" + " right" * right,
-                 "tab:green" if right else "black")
-        there = (number(scenes)[:, None] == meant).any(1).sum()
-        row.suptitle(f"{prompt} (shown by {there})", fontsize=9, weight="bold")
+            show(axes, images[k], f"{cosine[k]:.2f}" + " right" * right[k])
+        row.suptitle(f"{prompt} (shown by {sum(right)})", fontsize=9, weight="bold")
     run.figure("prompts", f"Nearest to each sentence among {len(images):,} test images", figure)
 
 def draw_results(run, results, guess):
     """What was learned, as bars with their chance levels: seen pairs and held-out pairs."""
     axes = (figure := Figure((10, 4.2), layout="constrained")).subplots()
     names = [name for name in guess if "R@5" not in name]
-    for i, (kind, label) in enumerate((("seen", "digit-color pairs of the training"),
-                                       ("new", "with pairs never seen"))):
-        shares = [100 * results[kind][name] for name in names]
-        bars = axes.bar([k + 0.4 * i for k in range(len(names))], shares, 0.38, label=label)
+    places = np.arange(len(names))
+    kinds = dict(seen="digit-color pairs of the training", new="with pairs never seen")
+    for i, (kind, label) in enumerate(kinds.items()):
+        bars = axes.bar(places + 0.4 * i, [100 * results[kind][name] for name in names], 0.38,
+                        label=label, hatch="//" * i)
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    for k, name in enumerate(names):
-        axes.plot([k - 0.25, k + 0.65], [100 * guess[name]] * 2, "k--",
-                  label="chance" if k == 0 else None)
-    axes.set_xticks([k + 0.2 for k in range(len(names))],
-                    [name.replace(" ", "\n") for name in names], fontsize=8)
-    axes.set(ylabel="right, %", ylim=(0, 125), yticks=range(0, 101, 20))
+    levels = [100 * guess[name] for name in names]
+    axes.hlines(levels, places - 0.25, places + 0.65, "gray", "--", label="chance")
+    axes.set_xticks(places + 0.2, [name.replace(" ", "\n") for name in names], fontsize=8)
+    axes.set(ylabel="right, % of unseen images", ylim=(0, 125), yticks=range(0, 101, 20))
     axes.legend(fontsize=8, ncols=3, loc="upper center")
-    run.figure("results", "Unseen images: retrieval, zero-shot answers, and what binds to what",
-               figure)
+    share = results["seen"]["places exchanged"]
+    run.figure("results", f"{share:.0%} prefer their caption to that with places exchanged", figure)
 
 def draw_modalities(run, images, texts):
-    """Features of images and of their captions (N, E) in their two main directions."""
+    """Features (N, E) of length 1, of images and of captions, in their two main directions."""
     axes = (figure := Figure((6.8, 5.6), layout="constrained")).subplots()
     both = torch.stack([images, texts]).cpu()
     gap = (both[0].mean(0) - both[1].mean(0)).norm()
-    middle = both.mean((0, 1))
-    flat = (both - middle) @ torch.linalg.svd((both - middle).flatten(0, 1))[2][:2].T
+    both = both - both.mean((0, 1))
+    flat = both @ torch.linalg.svd(both.flatten(0, 1))[2][:2].T  # (2, N, E) -> (2, N, 2)
     axes.plot(*flat.permute(2, 0, 1).numpy(), color="0.85", linewidth=0.6, zorder=0)
-    for points, color, marker, name in zip(flat.numpy(), ("C0", "C1"), "o^", ("images", "texts")):
-        axes.scatter(*points.T, s=14, c=color, marker=marker, label=name)
-    axes.set(xlabel="first principal component", ylabel="second")
+    for points, marker, name in zip(flat.numpy(), "o^", ("images", "texts")):
+        axes.scatter(*points.T, s=14, marker=marker, label=name)
+    axes.set(xlabel="first principal component", ylabel="second principal component")
     axes.legend()
-    run.figure("modalities", f"Images and captions, of length 1; their means are {gap:.2f} apart",
-               figure)
+    run.figure("modalities", f"The means of images and captions are {gap:.2f} apart", figure)
 
 # ---- Plumbing: the same in every file ------------------------------------------------------------
 
 import argparse, gzip, hashlib, io, json, os, re, shutil, signal  # noqa: E401
-import sys, tempfile, time, urllib.request  # noqa: E401
+import sys, time, urllib.request, zipfile  # noqa: E401
 from pathlib import Path
+import matplotlib
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
            "https://storage.googleapis.com/cvdf-datasets/mnist/")
@@ -724,6 +629,7 @@ MNIST = {  # file name: SHA-256 of its unzipped content
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
 FACES = ("DejaVu Sans", "DejaVu Sans:bold", "DejaVu Sans:oblique", "DejaVu Serif", "cmr10",
          "DejaVu Serif:italic", "DejaVu Sans Mono", "STIXGeneral", "STIXGeneral:italic", "cmss10")
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # all eyes tell apart
 
 def parse(argv=None):
     """Flags from Config: a field's comment is its help, a bracket at the end what is allowed."""
@@ -752,9 +658,9 @@ def parse(argv=None):
 def whole(path, write):
     """Lets `write(file)` finish in memory, then moves a file into place: all of it or nothing."""
     write(memory := io.BytesIO())
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(memory.getvalue())
         part.replace(path)
     except OSError as fault:
@@ -763,19 +669,17 @@ def whole(path, write):
         part.unlink(missing_ok=True)
 
 def download(path, digest):
-    """Fetches a gzipped file to `path`. Raises ConnectionError when no mirror has it right."""
+    """Fetches a gzipped file to `path`. Raises ConnectionError when that fails everywhere."""
     for mirror in MIRRORS:
         try:
             print(f"downloading {mirror}{path.name}", flush=True)
             raw = urllib.request.urlopen(mirror + path.name, timeout=10).read()
-            if hashlib.sha256(gzip.decompress(raw)).hexdigest() != digest:
-                raise ValueError("its content is not MNIST")
-            break
+            if hashlib.sha256(gzip.decompress(raw)).hexdigest() == digest:
+                return whole(path, lambda file: file.write(raw))
+            reason = "what came is not MNIST"
         except Exception as fault:  # whatever it was, the next mirror may do better
             reason = fault
-    else:
-        raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
-    whole(path, lambda file: file.write(raw))
+    raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
 
 def load_mnist(folder):
     """Train images, train labels, test images, test labels: uint8 (N, 28, 28) and int64 (N,).
@@ -837,13 +741,16 @@ class Run:
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(k for k in has if has[k]) if config.device == "auto" else config.device
         if not has[name]:
-            print(f"--device {name}: torch finds none; auto takes what is there", file=sys.stderr)
+            print(f"{self.script}.py: --device {name} is not to be had here, auto takes what is",
+                  file=sys.stderr)
             raise SystemExit(2)
         self.device = torch.device(name)
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLORS)
         self.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.out).close()  # fails now, not after the training
+        if not os.access(self.out, os.W_OK):  # fails now, not after the training
+            raise PermissionError(13, "cannot be written", str(self.out))
 
     def data(self):
         """`load_mnist` on the device, cut to `train_size`; drawn digits where it cannot be had."""
@@ -855,7 +762,7 @@ class Run:
                 arrays, self.dataset = load_mnist(folder), folder.resolve().name
         except ConnectionError as fault:
             print(f"{fault}, and {folder} does not have it.\n"
-                  "Going on with digits drawn from matplotlib's fonts, as --data drawn does.")
+                  "Going on with digits drawn from fonts; --data FOLDER names another place.")
         tests = min(max(size, 100), 10000)
         arrays = arrays or [*draw_characters(size, 0), *draw_characters(tests, 1)]
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
@@ -863,14 +770,15 @@ class Run:
     def batches(self, count, report=dict, per_epoch=1):
         """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
         `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
-        to the history. Raises SystemExit when a logged term is not finite."""
+        to the history. Raises SystemExit when one of them is not finite."""
         def interrupt(*_):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(2, b"\nCtrl-C: training ends, evaluating and saving (again: stops at once)\n")
         before = signal.signal(signal.SIGINT, interrupt)
-        size, past = min(self.config.batch_size, count), len(self.history) / per_epoch
-        steps, clock, shown, tty = count // size, time.time(), 0, sys.stdout.isatty()
+        past = self.history[-1]["epoch"] if self.history else 0
+        size, tty = min(self.config.batch_size, count), sys.stdout.isatty()
+        steps, clock, shown = count // size, time.time(), 0
         self.steps, self.sums, self.logged = steps * self.config.epochs, {}, 0
         while self.step < self.steps and not self.stopped:
             start = self.step % steps * size
@@ -879,14 +787,13 @@ class Run:
             self.step, epoch = self.step + 1, past + (self.step + 1) / steps
             due = self.step * per_epoch % steps < per_epoch or self.stopped
             if due or tty and time.time() - shown > 0.5:
-                row = {k: float(v) / self.logged for k, v in self.sums.items()}
+                row, shown = {k: float(v) / self.logged for k, v in self.sums.items()}, time.time()
+                row.update(report() if due else {})
                 if not all(map(math.isfinite, row.values())):
                     raise SystemExit(f"The loss is not finite after {self.step} steps; try a lower "
                                      f"--lr than {self.config.lr:g}. Nothing was overwritten.")
-                shown = time.time()
                 self.rate = self.step * size / (shown - clock)
                 if due:
-                    row.update(report())
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
                 left = (self.steps - self.step) * size / self.rate
@@ -913,7 +820,8 @@ class Run:
         tiles = F.pad(unit(images), (1, 1, 1, 1), value=0.5)  # a gray rim
         N, C, H, W = tiles.shape
         tiles = tiles.view(N // across, across, C, H, W).permute(0, 3, 1, 4, 2)
-        axes.imshow(tiles.reshape(-1, across * W, C).squeeze(2), cmap="gray", vmin=0, vmax=1)
+        tiles = tiles.reshape(-1, across * W, C).squeeze(2).numpy()
+        axes.imshow(tiles, cmap="gray", vmin=0, vmax=1)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_xticks([W * i + W // 2 for i in range(len(xticks))], xticks)
         axes.set_yticks([H * i + H // 2 for i in range(len(yticks))], yticks)
@@ -938,10 +846,12 @@ class Run:
             return
         here = dict(script=self.script, **{k: self.settings[k] for k in SHAPES})
         try:
+            if zipfile.ZipFile(self.config.load).testzip():  # torch does not look at its checksums
+                raise ValueError
             kept = torch.load(self.config.load, map_location="cpu", weights_only=True)
             there = dict(kept["settings"], script=kept["script"])
-            odd = [f"its {k} is {there.get(k)}, not {here[k]}" for k in here
-                   if there.get(k) != here[k]]
+            odd = [f"its {k} is {there.get(k)}, not {v}" for k, v in here.items()
+                   if there.get(k) != v]
             odd or model.load_state_dict(kept["state_dict"])
             self.history = kept["history"]
         except Exception as fault:  # torch, pickle and zip each raise their own
@@ -969,70 +879,70 @@ def launch(main):
         sys.exit(main())
     except KeyboardInterrupt:
         code, what = 130, "stopped; every file is whole, some may be those of an earlier run"
-    except torch.cuda.OutOfMemoryError:
-        code, what = 1, "the device is out of memory; try a smaller --batch-size"
     except OSError as fault:
         code, what = 1, f"{fault.filename or 'output'}: {fault.strerror or fault}"
+    except (MemoryError, RuntimeError) as fault:
+        if "memory" not in repr(fault).lower():
+            raise
+        code, what = 1, "out of memory; try a smaller --batch-size"
     print(f"{Path(__file__).name}: {what}", file=sys.stderr)
     sys.exit(code)
 
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    config, tokenizer = parse(argv), Tokenizer()
-    prompts = [p.strip() for p in config.prompt.split(";") if p.strip()] or [
-        "a red three above a blue seven", "a blue three above a red seven",
-        "a blue seven above a red three", "a red zero left of a blue two"]  # pairs never seen
-    try:
-        asked = tokenizer(prompts)
-    except ValueError as fault:
-        print(f"--prompt: {fault}", file=sys.stderr)
-        return 2
+    config = parse(argv)
+    asked = config.prompt.strip("; .") or (
+        "a red three above a blue seven; a blue three above a red seven; "
+        "a blue seven above a red three; a red zero left of a blue two")
+    prompts = [" ".join(p.lower().strip(" .").split()) for p in asked.split(";") if p.strip(" .")]
+    for word in " ".join(prompts).split():
+        if word not in WORDS:
+            print(f"--prompt: {word!r} is unknown; the words are:", *WORDS, file=sys.stderr)
+            return 2
     run = Run(config)
     images, labels, test_images, test_labels = run.data()
-    book = tokenizer.book()
-    pairs, unseen = Pairs(images, labels, book), Pairs(test_images, test_labels, book)
+    pairs, unseen = (images, labels.cpu()), (test_images, test_labels.cpu())
     count = min(1000, len(test_images))
-    tests = {kind: unseen.different(count, kind == "new") for kind in ("seen", "new")}
-    plan, most = {"CLIP": (config.loss, config.batch_size)}, config.batch_size
+    tests = {kind: different_pairs(*unseen, count, kind == "new") for kind in ("seen", "new")}
+    plan = {"CLIP": (config.loss, config.batch_size)}
     if config.compare:
-        plan = {f"{loss} {name}": (loss, size) for name, size in (("B/8", max(1, most // 8)),
-                                                                  ("B", most))
+        plan = {f"{loss} {name}": (loss, size)
+                for name, size in (("B/8", config.batch_size // 8), ("B", config.batch_size))
                 for loss in ("clip", "itc")}
-    learners = {name: Learner(config, *how, run.device) for name, how in plan.items()}
-    kept = nn.ModuleDict({name: learner.model for name, learner in learners.items()})
-    run.load(kept)
-    for learner in learners.values():
-        if learner.memory is not None:
-            learner.memory.slow.load_state_dict(learner.model.state_dict())
-    shown = pairs.draw(torch.arange(12) % len(images), 0.5)
-    train(run, learners, pairs, tests)
-    run.save(kept.eval())
+    models = nn.ModuleDict()
+    for name in plan:
+        torch.manual_seed(config.seed)  # all start alike
+        models[name] = CLIP(config.tower).to(run.device)
+    run.load(models)
+    shown = sample_pairs(*pairs, torch.arange(12) % len(images), 0.5)
+    train(run, {name: Learner(models[name], config, *how) for name, how in plan.items()}, *pairs,
+          tests)
+    run.save(models.eval())
     draw_pairs(run, *shown)
     draw_training(run, plan)
-    guess = chance(count)
-    results, ways = {}, 1 if config.quick else 8
-    for name, model in kept.items():
-        sayings = [features(model.encode_text, pairs.tokens(every_scene(), k)) for k in range(ways)]
-        encoded = {kind: features(model.encode_image, v) for kind, (v, _) in tests.items()}
+    guess, results, ways = chance(count), {}, 1 if config.quick else 8
+    for name, model in models.items():
+        sayings = [features(model, tokens(SCENES, k)) for k in range(ways)]
         ensemble = F.normalize(torch.stack(sayings).mean(0), dim=1)
+        encoded = {kind: features(model, views) for kind, (views, _) in tests.items()}
         results[name] = {f"{kind}{more}": evaluate(encoded[kind], texts, scenes)
                          for kind, (_, scenes) in tests.items()
                          for more, texts in (("", sayings[0]), (", ensemble", ensemble))}
-        print(f"\n{name + ', % right':22}   seen    new   chance   "
-              f"{ways} sayings averaged: seen, new")
-        for key, share in guess.items():
-            cells = [f"{100 * part[key]:7.1f}" for part in results[name].values()]
-            print(f"{key:22}{cells[0]}{cells[2]}{100 * share:9.1f}{'':16}{cells[1]}{cells[3]}")
+        table = dict(results[name], chance=guess)
+        print(f"\n{name + ', % right':20}" + "".join(f"{kind:>16}" for kind in table))
+        for key in guess:
+            print(f"{key:20}" + "".join(f"{100 * part[key]:16.1f}" for part in table.values()))
     (test, scenes), seen = tests["seen"], encoded["seen"]
     texts = sayings[0][number(scenes).to(run.device)]
     draw_similarity(run, test[:8], (texts[:8] @ seen[:8].T).cpu(), scenes[:8])
     draw_results(run, results[name], guess)
     draw_modalities(run, seen[:300], texts[:300])
     index = torch.randint(len(test_images), (10 * count,))
-    pool, shown = (torch.cat(v) for v in zip(
-        unseen.draw(index), unseen.draw(index[::4], held=True)))
-    draw_prompts(run, model, asked, prompts, pool, features(model.encode_image, pool), shown, book)
+    pool, scenes = (torch.cat(v) for v in zip(
+        sample_pairs(*unseen, index), sample_pairs(*unseen, index[::4], held=True)))
+    cosines = (features(model, tokenize(prompts)) @ features(model, pool).T).cpu()
+    draw_prompts(run, prompts, cosines, pool, scenes)
     return run.finish(**results, chance=guess)
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ Expect  on two CPU cores 7.2 minutes; seven pictures and weights in out/07_rollo
         comes back. That late attention flattens, as the paper saw, is not so in this small net:
         the class token's entropy goes from 2.3 to 2.2 nats of at most ln 37 = 3.6. Real MNIST,
         seed 0, two cores of an AMD EPYC, 2026-11-22.
-Try     --head-fusion max; --discard 0.9; --clutter 12; --depth 6; --height 64 --width 40.
+Try     easy: --head-fusion max or --discard 0.9 on saved weights (--epochs 0 --load
+        out/07_rollout/model.pt); medium: --clutter 12 or --depth 6: does rollout gain on the last
+        layer?; harder: which share in place of 1/2 (0.5 in `attention_rollout`) serves best?
 """
 
 import math
@@ -78,36 +80,30 @@ PATCH = 8  # pixels a side that one token stands for
 def attention_rollout(attentions, residual=True, head_fusion="mean", discard=0.0, joint=False,
                       shares=None):
     """How much each token takes from each input token, through all layers (ex. 5.2).
-
-    attentions (L, B, h, N, N), or a list of L (B, h, N, N), first layer first, rows summing to 1.
-    `head_fusion` joins the heads: mean, max or min. `discard`, in [0, 1), is the share of each row
-    that is left out, its smallest entries; rows are brought to 1 again before the identity comes
-    in. Without `residual` it does not; with `shares`, L of (B, N) in [0, 1], a token takes that
-    share, not half of it, by attention, and keeps the rest. Returns (B, N, N), rows summing to 1;
-    `joint`: (L, B, N, N), the product after every layer. Raises ValueError for a wrong
-    `head_fusion` or `discard`."""
-    if head_fusion not in ("mean", "max", "min") or not 0 <= discard < 1:
-        raise ValueError(f"head_fusion {head_fusion!r} is not mean, max or min, or discard "
-                         f"{discard} not in [0, 1)")
-    products = []
-    for layer, attention in enumerate(attentions):
-        A = dict(mean=torch.mean, max=torch.amax, min=torch.amin)[head_fusion](attention, 1)
-        N = A.shape[-1]  # (B, h, N, N) -> (B, N, N)
-        A = A.scatter(-1, A.argsort(-1)[..., :min(N - 1, round(discard * N))], 0)  # the least
-        eye, total = torch.eye(N, dtype=A.dtype, device=A.device), A.sum(-1, keepdim=True)
-        A = torch.where(total > 0, A / total, eye)  # keepdim: each row by its own sum
-        w = 0.5 if residual else 1.0
-        if shares is not None:
-            w = shares[layer][..., None]  # (B, N) -> (B, N, 1)
-        A = w * A + (1 - w) * eye  # w = 1/2: normalize(W + I)
-        products.append(A @ products[-1] if products else A)  # the later layer from the left
+    attentions: for L layers, first layer first, (B, h, N, N) with rows that sum to 1. `discard`, in
+    [0, 1), is the share of each row that is left out, its smallest entries; rows are brought to 1
+    again before the identity comes in. Without `residual` it does not; with `shares`, L of (B, N),
+    a token takes that share, not half of it, by attention, and keeps the rest. Returns (B, N, N),
+    rows summing to 1; `joint`: (L, B, N, N), the product after every layer."""
+    fuse = dict(mean=torch.mean, max=torch.amax, min=torch.amin)[head_fusion]
+    A = fuse(torch.stack([*attentions]), 2)  # (L, B, h, N, N) -> (L, B, N, N)
+    N = A.shape[-1]
+    A = A.scatter(-1, A.argsort(-1)[..., :min(N - 1, round(discard * N))], 0)  # the least
+    eye, total = torch.eye(N, dtype=A.dtype, device=A.device), A.sum(-1, keepdim=True)
+    A = torch.where(total > 0, A / total, eye)  # keepdim: each row by its own sum
+    w = 0.5 if residual else 1.0
+    if shares is not None:
+        w = torch.stack([*shares])[..., None]  # (L, B, N, 1)
+    first, *later = w * A + (1 - w) * eye  # w = 1/2: normalize(W + I)
+    products = [first]
+    for A in later:
+        products.append(A @ products[-1])  # the later layer from the left
     return torch.stack(products) if joint else products[-1]
 
 def gradient_rollout(attentions, logits, classes):
-    """Rollout for one class (arXiv:2103.15679, eq. 5 and 6): every entry counts by how much
-    it raises that class's logit, to first order, and by 0 if it lowers it. attentions: the L
-    (B, h, N, N) that led to the logits (B, K), their graph is used up; classes (B,). Returns
-    (B, N, N), rows of any sum."""
+    """Rollout for one class (arXiv:2103.15679, eq. 5 and 6): every entry counts by how much it
+    raises that class's logit, to first order, and by 0 if it lowers it. The attentions, L of
+    (B, h, N, N), led to the logits (B, K); classes (B,). Returns (B, N, N), rows of any sum."""
     chosen = logits.gather(1, classes[:, None]).sum()  # images do not see each other: one sum
     gradients = torch.autograd.grad(chosen, attentions)
     R = torch.eye(attentions[0].shape[-1], dtype=logits.dtype, device=logits.device)
@@ -116,10 +112,10 @@ def gradient_rollout(attentions, logits, classes):
     return R.detach()
 
 def patch_map(matrix):
-    """What the class token takes from each patch: (B, N, N) -> (B, n = N - 1), rows sum to 1."""
-    row = matrix[:, 0, 1:]
-    row = row + (row.sum(1, keepdim=True) == 0)  # nothing at all: alike everywhere
-    return row / row.sum(1, keepdim=True)
+    """What the class token takes from each patch: (.., N, N) -> (.., n = N - 1), rows sum to 1."""
+    row = matrix[..., 0, 1:]
+    row = row + (row.sum(-1, keepdim=True) == 0)  # nothing at all: alike everywhere
+    return row / row.sum(-1, keepdim=True)
 
 def explain(model, x, config):
     """Explains the model's answers to scenes x (B, 1, H, W). Returns logits (B, 10), six maps
@@ -139,22 +135,21 @@ def explain(model, x, config):
 
 def overlap(boxes, size):
     """Share of each patch that lies in the box: boxes (B, 4) in pixels, size (H, W) -> (B, n)."""
-    sides = []
-    for start, end, side in zip(boxes[:, :2].unbind(1), boxes[:, 2:].unbind(1), size):
-        first = torch.arange(0, side, PATCH, device=boxes.device)  # pixel where each patch begins
-        shared = end[:, None].minimum(first + PATCH) - start[:, None].maximum(first)
-        sides.append(shared.clamp(min=0) / PATCH)
-    return (sides[0][:, :, None] * sides[1][:, None, :]).flatten(1)  # (B, H/8, W/8) -> (B, n)
+    row, column = (torch.arange(side, device=boxes.device) for side in size)
+    top, left, bottom, right = boxes[:, :, None].unbind(1)  # (B, 4) -> 4 x (B, 1)
+    rows, columns = (row >= top) & (row < bottom), (column >= left) & (column < right)
+    inside = rows[:, :, None] & columns[:, None]  # (B, H) and (B, W) -> (B, H, W)
+    return F.avg_pool2d(inside.float(), PATCH).flatten(1)  # (B, H/8, W/8) -> (B, n)
 
 def pointing(maps, inside):
     """Pointing game: 1 where the strongest patch touches the box, 0 where not; patches that tie
-    share it. maps (B, n); inside (B, n), the share of each patch in the box. Returns (B,)."""
-    strongest = maps == maps.amax(1, keepdim=True)
-    return (strongest & (inside > 0)).sum(1) / strongest.sum(1)
+    share it. maps (.., B, n); inside (B, n), the share of each patch in the box -> (.., B)."""
+    strongest = maps == maps.amax(-1, keepdim=True)
+    return (strongest & (inside > 0)).sum(-1) / strongest.sum(-1)
 
 def mass(maps, inside):
-    """Share of a map (B, n) that lies in the box. Returns (B,)."""
-    return (maps * inside).sum(1) / maps.sum(1)
+    """Share of a map that lies in the box: maps (.., B, n), inside (B, n) -> (.., B)."""
+    return (maps * inside).sum(-1) / maps.sum(-1)
 
 @torch.no_grad()
 def deletion(model, x, labels, maps, counts):
@@ -166,16 +161,11 @@ def deletion(model, x, labels, maps, counts):
     logits = torch.stack([model(x.where(rank >= count, PIXELS[0])) for count in counts], 1)
     return logits.softmax(-1)[torch.arange(len(x)), :, labels]
 
-def entropy(rows):
-    """Entropy in nats along the last axis of distributions (.., n)."""
-    return torch.special.entr(rows).sum(-1)
-
 def study(run, model, x, labels, boxes):
     """Explains scenes x (B, 1, H, W) and measures the maps. Returns the logits (B, 10); how many
     patches were painted black, a list; by map's name, for every image, pointing, mass and the curve
     of deletion (B, 2 + len(counts)); for "raw attention" and "rollout", by layer, the entropy of
     the class token's row, the mean entropy of all rows, pointing and mass (L, 4, B).
-
     Three maps to compare with: a random one; a uniform one (chance for pointing and mass; deleted
     row by row); the box itself, whose mass is below 1 since patches at its edge stick out."""
     n = model.pos_embed.shape[1] - 1
@@ -183,18 +173,18 @@ def study(run, model, x, labels, boxes):
     counts = sorted({round(n * (i / 12) ** 2) for i in range(13)})  # dense where most happens
     answers, rows, layers = [], {}, {"raw attention": [], "rollout": []}
     for some, right, box, any_map in zip(*(v.split(100) for v in (x, labels, boxes, noise))):
-        logits, maps, raw, rolled = explain(model, some, run.config)
+        logits, maps, *matrices = explain(model, some, run.config)
         inside = overlap(box, x.shape[2:])
-        maps.update({"random": any_map, "uniform": torch.ones_like(inside),
-                     "the box itself": inside})
+        maps |= {"random": any_map, "uniform": 0 * inside + 1, "the box itself": inside}
         for name, m in maps.items():
-            at, share = pointing(m, inside)[:, None], mass(m, inside)[:, None]
+            found = torch.stack([pointing(m, inside), mass(m, inside)], 1)
             curve = deletion(model, some, right, m, counts)
-            rows.setdefault(name, []).append(torch.cat([at, share, curve], 1).cpu())
-        for name, matrices in (("raw attention", raw), ("rollout", rolled)):
-            layers[name].append(torch.stack([
-                torch.stack([entropy(a[:, 0]), entropy(a).mean(1), pointing(patch_map(a), inside),
-                             mass(patch_map(a), inside)]) for a in matrices]).cpu())
+            rows.setdefault(name, []).append(torch.cat([found, curve], 1).cpu())
+        for name, matrix in zip(layers, matrices):  # (L, B, N, N)
+            entropy = torch.special.entr(matrix).sum(-1)  # of every row, in nats: (L, B, N)
+            m = patch_map(matrix)  # (L, B, n)
+            found = entropy[..., 0], entropy.mean(-1), pointing(m, inside), mass(m, inside)
+            layers[name].append(torch.stack(found, 1).cpu())  # 4 x (L, B) -> (L, 4, B)
         answers.append(logits.cpu())
     return (torch.cat(answers), counts, {name: torch.cat(v) for name, v in rows.items()},
             {name: torch.cat(v, 2) for name, v in layers.items()})
@@ -228,16 +218,16 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
-        """(B, N, D) -> (B, N, D), attention (B, h, N, N), and what attention adds (B, N, D)."""
+        """(B, N, D) -> (B, N, D), the attention (B, h, N, N), and the share of every token that
+        comes through it (B, N): a rough one, by lengths without directions and without the MLP."""
         added, attention = self.attn(self.norm1(x))
+        share = added.norm(dim=2) / (added.norm(dim=2) + x.norm(dim=2))
         x = x + added
-        return x + self.mlp(self.norm2(x)), attention, added
+        return x + self.mlp(self.norm2(x)), attention, share
 
 class VisionTransformer(nn.Module):
-    """Scenes (B, 1, H, W) -> logits (B, 10); with `weights` also two lists, one entry a layer: the
-    attention (B, h, 1 + n, 1 + n), the class token first, patches row by row; and the share of
-    every token that comes through attention (B, 1 + n), ‖added‖ / (‖added‖ + ‖kept‖): a rough
-    measure, by lengths without directions and without the MLP."""
+    """Scenes (B, 1, H, W) -> logits (B, 10); with `weights` also, of every layer, the attention
+    (B, h, 1 + n, 1 + n), the class token first, patches row by row, and the shares (B, 1 + n)."""
 
     def __init__(self, size=(48, 48), embed_dim=64, depth=4, num_heads=4):
         super().__init__()
@@ -259,14 +249,12 @@ class VisionTransformer(nn.Module):
     def forward(self, x, weights=False):
         x = self.stem(x).flatten(2).transpose(1, 2)  # (B, D, H/8, W/8) -> (B, n, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
-        attentions, shares = [], []
+        seen = []
         for block in self.blocks:
-            kept, (x, attention, added) = x, block(x)
-            attentions.append(attention)
-            if weights:
-                shares.append(added.norm(dim=2) / (added.norm(dim=2) + kept.norm(dim=2)))
+            x, *attention_and_share = block(x)
+            seen.append(attention_and_share)
         logits = self.head(self.norm(x[:, 0]))  # (B, 1 + n, D) -> (B, 10)
-        return (logits, attentions, shares) if weights else logits
+        return (logits, *zip(*seen)) if weights else logits
 
 # ---- The task ------------------------------------------------------------------------------------
 
@@ -278,25 +266,22 @@ def scenes(digits, pool, size=(48, 48), pieces=4, generator=None):
     def draw(high, *shape):
         return torch.randint(high, shape, generator=generator).to(digits.device)
 
-    def square(top, left, side):  # rows (.., side, 1) and columns (.., 1, side) of its pixels
+    def square(top, left, side, width):  # (..) -> (.., side²): its pixels in an image that wide
         pixel = torch.arange(side, device=digits.device)
-        return top[..., None, None] + pixel[:, None], left[..., None, None] + pixel
+        rows, columns = top[..., None, None] + pixel[:, None], left[..., None, None] + pixel
+        return (rows * width + columns).flatten(-2)
 
     B, (H, W) = len(digits), size
     top, left = draw(H - 27, B), draw(W - 27, B)
-    rows, columns = square(top, left, 28)
     canvas = digits.new_zeros(B, H * W)
-    canvas.scatter_(1, (rows * W + columns).flatten(1), digits.flatten(1))
-    rows, columns = square(draw(14, B, pieces) + 4, draw(14, B, pieces) + 4, 8)
-    cuts = pool[draw(len(pool), B, pieces)[..., None, None], rows, columns]  # (B, pieces, 8, 8)
-    rows, columns = square(draw(H - 7, B, pieces), draw(W - 7, B, pieces), 8)
-    canvas.scatter_reduce_(1, (rows * W + columns).flatten(1), cuts.flatten(1), "amax")
-    ink = digits > 0
-    edges = []
-    for start, lines in ((top, ink.any(2)), (left, ink.any(1))):  # (B, 28): has this line ink?
-        first, last = (v.int().argmax(1) for v in (lines, lines.flip(1)))
-        edges.append((start + first, start + 28 - last))
-    boxes = torch.stack([edge for pair in zip(*edges) for edge in pair], 1)
+    canvas.scatter_(1, square(top, left, 28, W), digits.flatten(1))
+    middle = square(draw(14, B, pieces) + 4, draw(14, B, pieces) + 4, 8, 28)
+    cuts = pool.flatten(1)[draw(len(pool), B, pieces)[..., None], middle]  # (B, pieces, 64)
+    places = square(draw(H - 7, B, pieces), draw(W - 7, B, pieces), 8, W)
+    canvas.scatter_reduce_(1, places.flatten(1), cuts.flatten(1), "amax")
+    rows, columns = (digits > 0).any(2).int(), (digits > 0).any(1).int()  # (B, 28): has it ink?
+    bottom, right = top + 28 - rows.flip(1).argmax(1), left + 28 - columns.flip(1).argmax(1)
+    boxes = torch.stack([top + rows.argmax(1), left + columns.argmax(1), bottom, right], 1)
     return canvas.view(B, 1, H, W).float() / 127.5 - 1, boxes
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -306,20 +291,15 @@ def evaluate(model, x, labels):
     """Cross-entropy in nats and accuracy on scenes (N, 1, H, W) and labels (N,)."""
     model.eval()
     logits = torch.cat([model(batch) for batch in x.split(500)])
-    right = logits.argmax(1) == labels
-    return F.cross_entropy(logits, labels).item(), right.float().mean().item()
+    return dict(test_loss=F.cross_entropy(logits, labels).item(),
+                test_accuracy=(logits.argmax(1) == labels).float().mean().item())
 
 def train(run, model, images, labels, test, test_labels):
     """Minimizes the cross-entropy of scenes of the images, drawn anew for every step."""
     c = run.config
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, 0.99), weight_decay=0.05,
                                   fused=run.device.type in ("cuda", "cpu"))
-
-    def report():
-        loss, accuracy = evaluate(model, test, test_labels)
-        return dict(test_loss=loss, test_accuracy=accuracy)
-
-    for index in run.batches(len(images), report):
+    for index in run.batches(len(images), lambda: evaluate(model, test, test_labels)):
         model.train()
         x, _ = scenes(images[index], images, (c.height, c.width), c.clutter)
         with torch.autocast("cuda", torch.bfloat16, enabled=run.device.type == "cuda"):
@@ -327,13 +307,11 @@ def train(run, model, images, labels, test, test_labels):
         loss = F.cross_entropy(logits.float(), labels[index])
         run.log(loss=loss)
         warm, done = min(1, (run.step + 1) / min(200, run.steps / 10)), run.step / run.steps
-        for group in optimizer.param_groups:
-            group["lr"] = c.lr * warm * (1 + math.cos(math.pi * done)) / 2
+        optimizer.param_groups[0]["lr"] = c.lr * warm * (1 + math.cos(math.pi * done)) / 2
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    model.eval()
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
@@ -343,17 +321,16 @@ STYLES = {"rollout": ("C0", "o-"), "mean of layers": ("C1", "s-"), "last layer":
 
 def draw_maps(run, name, title, x, boxes, maps, ylabels):
     """One row a scene x (B, 1, H, W): the scene and its box, then each of the maps (B, n)."""
-    B, (H, W), scene = len(x), x.shape[2:], x[:, 0].cpu().numpy()
-    figure = Figure((1.45 * (1 + len(maps)), 1.33 * B * H / W + 0.8), layout="constrained")
-    for row, axes in enumerate(figure.subplots(B, 1 + len(maps), squeeze=False)):
-        top, left, bottom, right = (boxes[row].cpu() - 0.5).tolist()  # pixel 0 reaches from -0.5
-        for ax, (method, m) in zip(axes, {"scene": None, **maps}.items()):
-            if m is None:
-                ax.imshow(scene[row], cmap="gray", vmin=-1, vmax=1)
-            else:
-                grid = m[row].view(H // PATCH, W // PATCH).cpu().numpy()
-                ax.imshow(grid, cmap="inferno", vmin=0, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
-                ax.contour(scene[row], [0], colors="w", linewidths=0.7)
+    B, (H, W), scene = len(x), x.shape[2:], unit(x)[:, 0]
+    panels = {"scene": scene, **{k: m.view(B, H // PATCH, -1).cpu() for k, m in maps.items()}}
+    figure = Figure((1.45 * len(panels), 1.33 * B * H / W + 0.8), layout="constrained")
+    for row, axes in enumerate(figure.subplots(B, len(panels), squeeze=False)):
+        top, left, bottom, right = boxes[row].tolist()
+        for ax, (method, panel) in zip(axes, panels.items()):
+            ax.imshow(panel[row].numpy(), cmap="gray" if method == "scene" else "inferno", vmin=0,
+                      extent=(0, W, H, 0))
+            if method != "scene":
+                ax.contour(scene[row].numpy(), [0.5], colors="w", linewidths=0.7, extent=(0, W, 0, H))
             ax.plot([left, right, right, left, left], [top, top, bottom, bottom, top], "c", lw=1)
             ax.set(xticks=[], yticks=[], title="" if row else method)
         axes[0].set_ylabel(ylabels[row])
@@ -361,36 +338,32 @@ def draw_maps(run, name, title, x, boxes, maps, ylabels):
 
 def draw_examples(run, model, x, boxes, labels, logits, rows):
     """Maps for five right and five wrong answers; two scenes layer by layer."""
-    answers, sure = logits.argmax(1), logits.softmax(1).amax(1)
-    for name, chosen in (("right", answers == labels.cpu()), ("wrong", answers != labels.cpu())):
-        points = 100 * rows["rollout"][chosen, 0].mean()
+    answers, sure, labels = logits.argmax(1), logits.softmax(1).amax(1), labels.cpu()
+    for name, chosen in (("right", answers == labels), ("wrong", answers != labels)):
         some = chosen.nonzero()[:5, 0]
-        if not len(some):
-            continue
-        says = [f"{labels[i]} read as {answers[i]}\n({100 * sure[i]:.0f}%)" for i in some]
-        some = some.to(x.device)
-        draw_maps(run, f"maps_{name}", f"Answers that are {name} ({len(chosen.nonzero())} of "
-                  f"{len(chosen)}): rollout points at the digit in {points:.0f}%",
-                  x[some], boxes[some], explain(model, x[some], run.config)[1], says)
+        if len(some):
+            says = [f"{labels[i]} read as {answers[i]}\n({100 * sure[i]:.0f}%)" for i in some]
+            points = 100 * rows["rollout"][chosen, 0].mean()
+            some = some.to(x.device)
+            draw_maps(run, f"maps_{name}", f"Answers that are {name} ({chosen.sum()} of "
+                      f"{len(chosen)}): rollout points at the digit in {points:.0f}%",
+                      x[some], boxes[some], explain(model, x[some], run.config)[1], says)
     _, _, raw, rolled = explain(model, x[:2], run.config)
-    twice = torch.arange(len(x[:2]), device=x.device).repeat_interleave(2)
-    maps = {f"layer {i}": torch.stack([patch_map(a), patch_map(b)], 1).flatten(0, 1)
-            for i, (a, b) in enumerate(zip(raw, rolled), 1)}  # raw and rollout in turn
-    draw_maps(run, "layers", "The class token's raw attention, and the rollout up to that layer\n"
-              "(each map over its maximum)",
-              x[twice], boxes[twice], maps, ["raw", "rollout"] * 2)
+    both = torch.stack([patch_map(raw), patch_map(rolled)], 2).flatten(1, 2)  # in turn: (L, 4, n)
+    draw_maps(run, "layers", "Rollout gathers the layers before it\n(class token; each map over "
+              "its maximum)", x[:2].repeat_interleave(2, 0), boxes[:2].repeat_interleave(2, 0),
+              {f"layer {i}": m for i, m in enumerate(both, 1)}, ["raw", "rollout"] * 2)
 
 def draw_layers(run, layers, n):
     """Entropy, pointing and mass of raw attention and rollout by layer; n patches."""
     left, right = (figure := Figure((9.5, 4), layout="constrained")).subplots(1, 2)
-    for (name, values), color, mark in zip(layers.items(), ("C2", "C0"), "^o"):
+    for (name, values), style in zip(layers.items(), ("C2^", "C0o")):
         token, every, points, share = values.mean(2).T.numpy()  # (L, 4, B) -> 4 x (L,)
         depth = range(1, len(token) + 1)
-        left.plot(depth, token, color, marker=mark, label=f"{name}, class token")
-        left.plot(depth, every, color, marker=mark, ls=":", mfc="w", label=f"{name}, all tokens")
-        right.plot(depth, 100 * points, color, marker=mark, label=f"{name}: points at the digit")
-        right.plot(depth, 100 * share, color, marker=mark, ls=":", mfc="w",
-                   label=f"{name}: mass in the box")
+        left.plot(depth, token, style + "-", label=f"{name}, class token")
+        left.plot(depth, every, style + ":", mfc="w", label=f"{name}, all tokens")
+        right.plot(depth, 100 * points, style + "-", label=f"{name}: points at the digit")
+        right.plot(depth, 100 * share, style + ":", mfc="w", label=f"{name}: mass in the box")
     left.axhline(math.log(n + 1), color="gray", lw=0.8, label=f"uniform: ln {n + 1}")
     left.set(xlabel="layer", ylabel="entropy of a row (nats)", xticks=depth, ylim=(0, None))
     right.set(xlabel="layer", ylabel="% of scenes, % of mass", xticks=depth, ylim=(0, 102))
@@ -403,13 +376,13 @@ def draw_layers(run, layers, n):
 def draw_measures(run, counts, rows, table):
     """Bars of pointing and mass; the curves of deletion."""
     left, right = (figure := Figure((10, 4.2), layout="constrained")).subplots(1, 2)
+    painted = [100 * count / counts[-1] for count in counts]
     for place, (name, values) in enumerate(rows.items()):
-        color, style = STYLES[name]
-        left.barh(place - 0.2, 100 * table[name]["pointing"], 0.4, color=color)
-        left.barh(place + 0.2, 100 * table[name]["mass"], 0.4, color=color, alpha=0.4)
-        right.plot([100 * count / counts[-1] for count in counts],
-                   100 * values[:, 2:].mean(0).numpy(), style, color=color, ms=4,
-                   label=f"{name}: {100 * table[name]['deletion']:.1f}")
+        (color, style), row = STYLES[name], {k: 100 * v for k, v in table[name].items()}
+        left.barh(place - 0.2, row["pointing"], 0.4, color=color)
+        left.barh(place + 0.2, row["mass"], 0.4, color=color, alpha=0.4)
+        right.plot(painted, 100 * values[:, 2:].mean(0).numpy(), style, color=color, ms=4,
+                   label=f"{name}: {row['deletion']:.1f}")
     left.set_yticks(range(len(rows)), rows)
     left.invert_yaxis()
     left.set(xlabel="strongest patch on the digit; pale: mass in its box (%)", xlim=(0, 100))
@@ -426,8 +399,8 @@ def draw_training(run):
     """Loss and accuracy over training."""
     left, right = (figure := Figure((9, 3.5), layout="constrained")).subplots(1, 2)
     epochs = [row["epoch"] for row in run.history]
-    for name, style, label in (("loss", "o-", "training"), ("test_loss", "s-", "test")):
-        left.semilogy(epochs, [row[name] for row in run.history], style, label=label)
+    left.semilogy(epochs, [row["loss"] for row in run.history], "o-", label="training")
+    left.semilogy(epochs, [row["test_loss"] for row in run.history], "s-", label="test")
     left.set(xlabel="epoch", ylabel="cross-entropy (nats; chance: ln 10 = 2.3)")
     left.legend()
     right.plot(epochs, [100 * row["test_accuracy"] for row in run.history], "o-")
@@ -437,8 +410,9 @@ def draw_training(run):
 # ---- Plumbing: the same in every file ------------------------------------------------------------
 
 import argparse, gzip, hashlib, io, json, os, re, shutil, signal  # noqa: E401
-import sys, tempfile, time, urllib.request  # noqa: E401
+import sys, time, urllib.request, zipfile  # noqa: E401
 from pathlib import Path
+import matplotlib
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
            "https://storage.googleapis.com/cvdf-datasets/mnist/")
@@ -449,6 +423,7 @@ MNIST = {  # file name: SHA-256 of its unzipped content
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
 FACES = ("DejaVu Sans", "DejaVu Sans:bold", "DejaVu Sans:oblique", "DejaVu Serif", "cmr10",
          "DejaVu Serif:italic", "DejaVu Sans Mono", "STIXGeneral", "STIXGeneral:italic", "cmss10")
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # all eyes tell apart
 
 def parse(argv=None):
     """Flags from Config: a field's comment is its help, a bracket at the end what is allowed."""
@@ -477,9 +452,9 @@ def parse(argv=None):
 def whole(path, write):
     """Lets `write(file)` finish in memory, then moves a file into place: all of it or nothing."""
     write(memory := io.BytesIO())
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(memory.getvalue())
         part.replace(path)
     except OSError as fault:
@@ -488,19 +463,17 @@ def whole(path, write):
         part.unlink(missing_ok=True)
 
 def download(path, digest):
-    """Fetches a gzipped file to `path`. Raises ConnectionError when no mirror has it right."""
+    """Fetches a gzipped file to `path`. Raises ConnectionError when that fails everywhere."""
     for mirror in MIRRORS:
         try:
             print(f"downloading {mirror}{path.name}", flush=True)
             raw = urllib.request.urlopen(mirror + path.name, timeout=10).read()
-            if hashlib.sha256(gzip.decompress(raw)).hexdigest() != digest:
-                raise ValueError("its content is not MNIST")
-            break
+            if hashlib.sha256(gzip.decompress(raw)).hexdigest() == digest:
+                return whole(path, lambda file: file.write(raw))
+            reason = "what came is not MNIST"
         except Exception as fault:  # whatever it was, the next mirror may do better
             reason = fault
-    else:
-        raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
-    whole(path, lambda file: file.write(raw))
+    raise ConnectionError(f"{path.name} cannot be downloaded ({reason})")
 
 def load_mnist(folder):
     """Train images, train labels, test images, test labels: uint8 (N, 28, 28) and int64 (N,).
@@ -562,13 +535,16 @@ class Run:
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(k for k in has if has[k]) if config.device == "auto" else config.device
         if not has[name]:
-            print(f"--device {name}: torch finds none; auto takes what is there", file=sys.stderr)
+            print(f"{self.script}.py: --device {name} is not to be had here, auto takes what is",
+                  file=sys.stderr)
             raise SystemExit(2)
         self.device = torch.device(name)
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLORS)
         self.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.out).close()  # fails now, not after the training
+        if not os.access(self.out, os.W_OK):  # fails now, not after the training
+            raise PermissionError(13, "cannot be written", str(self.out))
 
     def data(self):
         """`load_mnist` on the device, cut to `train_size`; drawn digits where it cannot be had."""
@@ -580,7 +556,7 @@ class Run:
                 arrays, self.dataset = load_mnist(folder), folder.resolve().name
         except ConnectionError as fault:
             print(f"{fault}, and {folder} does not have it.\n"
-                  "Going on with digits drawn from matplotlib's fonts, as --data drawn does.")
+                  "Going on with digits drawn from fonts; --data FOLDER names another place.")
         tests = min(max(size, 100), 10000)
         arrays = arrays or [*draw_characters(size, 0), *draw_characters(tests, 1)]
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
@@ -588,14 +564,15 @@ class Run:
     def batches(self, count, report=dict, per_epoch=1):
         """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
         `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
-        to the history. Raises SystemExit when a logged term is not finite."""
+        to the history. Raises SystemExit when one of them is not finite."""
         def interrupt(*_):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(2, b"\nCtrl-C: training ends, evaluating and saving (again: stops at once)\n")
         before = signal.signal(signal.SIGINT, interrupt)
-        size, past = min(self.config.batch_size, count), len(self.history) / per_epoch
-        steps, clock, shown, tty = count // size, time.time(), 0, sys.stdout.isatty()
+        past = self.history[-1]["epoch"] if self.history else 0
+        size, tty = min(self.config.batch_size, count), sys.stdout.isatty()
+        steps, clock, shown = count // size, time.time(), 0
         self.steps, self.sums, self.logged = steps * self.config.epochs, {}, 0
         while self.step < self.steps and not self.stopped:
             start = self.step % steps * size
@@ -604,14 +581,13 @@ class Run:
             self.step, epoch = self.step + 1, past + (self.step + 1) / steps
             due = self.step * per_epoch % steps < per_epoch or self.stopped
             if due or tty and time.time() - shown > 0.5:
-                row = {k: float(v) / self.logged for k, v in self.sums.items()}
+                row, shown = {k: float(v) / self.logged for k, v in self.sums.items()}, time.time()
+                row.update(report() if due else {})
                 if not all(map(math.isfinite, row.values())):
                     raise SystemExit(f"The loss is not finite after {self.step} steps; try a lower "
                                      f"--lr than {self.config.lr:g}. Nothing was overwritten.")
-                shown = time.time()
                 self.rate = self.step * size / (shown - clock)
                 if due:
-                    row.update(report())
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
                 left = (self.steps - self.step) * size / self.rate
@@ -638,7 +614,8 @@ class Run:
         tiles = F.pad(unit(images), (1, 1, 1, 1), value=0.5)  # a gray rim
         N, C, H, W = tiles.shape
         tiles = tiles.view(N // across, across, C, H, W).permute(0, 3, 1, 4, 2)
-        axes.imshow(tiles.reshape(-1, across * W, C).squeeze(2), cmap="gray", vmin=0, vmax=1)
+        tiles = tiles.reshape(-1, across * W, C).squeeze(2).numpy()
+        axes.imshow(tiles, cmap="gray", vmin=0, vmax=1)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_xticks([W * i + W // 2 for i in range(len(xticks))], xticks)
         axes.set_yticks([H * i + H // 2 for i in range(len(yticks))], yticks)
@@ -663,10 +640,12 @@ class Run:
             return
         here = dict(script=self.script, **{k: self.settings[k] for k in SHAPES})
         try:
+            if zipfile.ZipFile(self.config.load).testzip():  # torch does not look at its checksums
+                raise ValueError
             kept = torch.load(self.config.load, map_location="cpu", weights_only=True)
             there = dict(kept["settings"], script=kept["script"])
-            odd = [f"its {k} is {there.get(k)}, not {here[k]}" for k in here
-                   if there.get(k) != here[k]]
+            odd = [f"its {k} is {there.get(k)}, not {v}" for k, v in here.items()
+                   if there.get(k) != v]
             odd or model.load_state_dict(kept["state_dict"])
             self.history = kept["history"]
         except Exception as fault:  # torch, pickle and zip each raise their own
@@ -694,10 +673,12 @@ def launch(main):
         sys.exit(main())
     except KeyboardInterrupt:
         code, what = 130, "stopped; every file is whole, some may be those of an earlier run"
-    except torch.cuda.OutOfMemoryError:
-        code, what = 1, "the device is out of memory; try a smaller --batch-size"
     except OSError as fault:
         code, what = 1, f"{fault.filename or 'output'}: {fault.strerror or fault}"
+    except (MemoryError, RuntimeError) as fault:
+        if "memory" not in repr(fault).lower():
+            raise
+        code, what = 1, "out of memory; try a smaller --batch-size"
     print(f"{Path(__file__).name}: {what}", file=sys.stderr)
     sys.exit(code)
 
@@ -713,11 +694,10 @@ def main(argv=None):
     run.load(model)
     train(run, model, images, labels, test, test_labels)
     run.save(model)
-    loss, accuracy = evaluate(model, test, test_labels)
-    print(f"test scenes: cross-entropy {loss:.4f} nats (chance: ln 10 = 2.30), accuracy "
-          f"{100 * accuracy:.2f}% (chance 10%)")
+    results = evaluate(model, test, test_labels)
+    print("test scenes: cross-entropy {test_loss:.4f} nats (chance: ln 10 = 2.30), accuracy "
+          "{test_accuracy:.2%} (chance 10%)".format(**results))
     few = slice(config.explain)
-    print(f"explaining and measuring {len(test[few])} scenes")
     logits, counts, rows, layers = study(run, model, test[few], test_labels[few], boxes[few])
     print("maps: pointing and mass, more is better (uniform: chance); deletion, less is better")
     table = {}
@@ -732,8 +712,8 @@ def main(argv=None):
     draw_measures(run, counts, rows, table)
     what = "entropy", "entropy_all_tokens", "pointing", "mass"
     by_layer = {name: dict(zip(what, v.mean(2).T.tolist())) for name, v in layers.items()}
-    return run.finish(test_loss=loss, test_accuracy=accuracy, test_accuracy_chance=0.1,
-                      scenes=len(logits), maps=table, by_layer=by_layer)
+    return run.finish(**results, test_accuracy_chance=0.1, scenes=len(logits), maps=table,
+                      by_layer=by_layer)
 
 if __name__ == "__main__":
     launch(main)

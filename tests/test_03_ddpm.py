@@ -392,14 +392,14 @@ def test_network_overfits_sixteen_images():
 
 
 def test_average_of_weights_has_its_closed_form():
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    ema, kept, expected = ddpm.EMA(model, decay=0.9), [], 0.0
+    ema, model = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(ema.weight)
+    kept, expected = [], 0.0
     for k in range(1, 31):
         nn.init.constant_(model.weight, float(k))
-        ema.update(model)
+        ddpm.update_ema(ema, model, k, decay=0.9)
         kept.append(min(0.9, (1 + k) / (10 + k)))
     for k in range(1, 31):  # value k was taken in with 1 - kept_k and faded by all later steps
         expected += k * (1 - kept[k - 1]) * math.prod(kept[k:])
-    assert ema.model.weight.item() == pytest.approx(expected, rel=1e-5)
+    assert ema.weight.item() == pytest.approx(expected, rel=1e-5)
     assert math.prod(kept) < 1e-6 and kept[0] == 2 / 11  # nothing is left of the start

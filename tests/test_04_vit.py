@@ -226,7 +226,7 @@ def test_heads_are_switched_off_least_missed_first():
                 return block.attn.proj(torch.cat(heads, -1))
             return attention
 
-        x = model.embed(script.scale(drawn))
+        x = model.layers(script.scale(drawn))[0]
         for layer, block in enumerate(model.blocks):
             x = x + attend(layer, block)(block.norm1(x))
             x = x + block.mlp(block.norm2(x))
