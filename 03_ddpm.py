@@ -27,9 +27,9 @@ Expect  on two CPU cores first digits after 1 minute and the end after 11; eight
         1,000 real test images             98%            7.7%               12
         Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-21. There the network and loop
         of the book, rebuilt, take 14 minutes for one of ten epochs, a fifth of the images a second.
-Try     easy: --eta 0, --eta 3 or --steps 10 on saved weights (--epochs 0 --load
-        out/03_ddpm/model.pt); medium: t drawn uniformly (u = torch.rand(count) in `draw_t`);
-        harder: plain L_simple (loss = simple.mean() in `train`): which terms of the bound suffer?
+Try     easy: --epochs 0 --load out/03_ddpm/model.pt with --eta 0, --eta 3, --steps 10.
+        medium: t drawn uniformly, `u = torch.rand(count)` in `draw_t`.
+        harder: L_simple itself, `loss = simple.mean()` in `train`. Which terms of the bound suffer?
 """
 
 import copy
@@ -53,7 +53,7 @@ class Config:
     seed: int = 0  # of weights, noise and order [0..4294967295]
     epochs: int = 3  # passes over the training images [0..100000]
     batch_size: int = 32  # images a step; many small steps beat few large ones here [1..60000]
-    lr: float = 2e-3  # learning rate after 100 steps of warm-up, then a cosine down to 0 [0..1]
+    lr: float = 2e-3  # learning rate: a short warm-up times a cosine down to 0 [0..1]
     train_size: int = 0  # training images to use, 0 for all [0..60000]
     load: str = ""  # start from this model.pt; with --epochs 0 only evaluate, draw and sample
     quick: bool = False  # the whole path in seconds, on a few hundred images
@@ -688,12 +688,12 @@ def launch(main):
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    run = Run(config := parse(argv))
+    run = Run(c := parse(argv))
     images, _, test_images, _ = run.data()
-    diffusion = Diffusion(config.T, 0.1 / config.T, 20 / config.T)  # the book's β at T = 1000
-    model = UNet(diffusion.alpha_bars, config.width).to(run.device)
+    diffusion = Diffusion(c.T, 0.1 / c.T, 20 / c.T)  # the book's β at T = 1000
+    model = UNet(diffusion.alpha_bars, c.width).to(run.device)
     run.load(model)
-    noise = torch.randn(config.T, 1, 1, 28, 28)
+    noise = torch.randn(c.T, 1, 1, 28, 28)
     model, snapshots = train(run, diffusion, model, images, test_images)
     run.save(model)
     draw_chain(run, diffusion, test_images[0].cpu(), noise)

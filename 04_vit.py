@@ -52,7 +52,7 @@ class Config:
     seed: int = 0  # of weights, noise and order [0..4294967295]
     epochs: int = 8  # passes over the training images [0..100000]
     batch_size: int = 128  # images a step [1..60000]
-    lr: float = 3e-3  # learning rate: a warm-up of 200 steps times a cosine down to 0 [0..1]
+    lr: float = 3e-3  # learning rate: a short warm-up times a cosine down to 0 [0..1]
     train_size: int = 0  # training images to use, 0 for all [0..60000]
     load: str = ""  # start from this model.pt; with --epochs 0 only evaluate and draw
     quick: bool = False  # the whole path in seconds, on a few hundred images

@@ -460,7 +460,7 @@ def train(run, diffusion, models, latents, labels, test_latents, test_labels, ra
                 mean.lerp_(new, 1 - keep)
     return averages, snapshots
 
-# ---- Pictures ------------------------------------------------------------------------------------
+# ---- Figures -------------------------------------------------------------------------------------
 
 def draw_latents(run, autoencoder, x):
     """Ten digits x, the channels of their latents, and what the decoder makes of them."""
@@ -816,24 +816,24 @@ def launch(main):
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    config = parse(argv)
-    if not config.drop and config.scale != 1:
+    c = parse(argv)
+    if not c.drop and c.scale != 1:
         print("--drop 0 trains no null class to guide away from: add --scale 1", file=sys.stderr)
         return 2
-    run, diffusion = Run(config), Diffusion(config.T)
+    run, diffusion = Run(c), Diffusion(c.T)
     rank, world = parallel(run)
     images, labels, test_images, test_labels = run.data()
     images, test_images = (x[:, None].float() / 127.5 - 1 for x in (images, test_images))
-    latent, models = config.space == "latent", nn.ModuleDict()
-    autoencoder = Autoencoder(config.channels) if latent else Pixels()
-    channels, side = (config.channels, 8) if latent else (1, 28)
-    for name in DESIGNS if config.compare else [config.block]:
-        torch.manual_seed(config.seed)
-        models[name] = named(config.size, config.patch_size, input_size=side, in_channels=channels,
-                             num_classes=10, class_dropout_prob=config.drop, design=name)
+    latent, models = c.space == "latent", nn.ModuleDict()
+    autoencoder = Autoencoder(c.channels) if latent else Pixels()
+    channels, side = (c.channels, 8) if latent else (1, 28)
+    for name in DESIGNS if c.compare else [c.block]:
+        torch.manual_seed(c.seed)
+        models[name] = named(c.size, c.patch_size, input_size=side, in_channels=channels,
+                             num_classes=10, class_dropout_prob=c.drop, design=name)
     kept = nn.ModuleDict(dict(autoencoder=autoencoder, models=models)).to(run.device)
     run.load(kept)
-    if latent and not config.load:
+    if latent and not c.load:
         train_autoencoder(run, autoencoder, images)
         if world > 1:
             nn.parallel.DistributedDataParallel(autoencoder)  # all take that of process 0
@@ -850,13 +850,13 @@ def main(argv=None):
     if latent:
         draw_latents(run, autoencoder, test_images[:10])
     designs = draw_loss(run, averages, latents[:1])
-    if config.block == "adaln-zero":
-        draw_gates(run, averages[config.block], diffusion)
+    if c.block == "adaln-zero":
+        draw_gates(run, averages[c.block], diffusion)
     draw_samples(run, diffusion, autoencoder, averages, snapshots, latents.shape[1:])
     last = {k: v for k, v in run.history[-1].items() if "test" in k} if run.history else {}
     for name in designs:
         designs[name]["loss"] = last.get(f"{name} test")
-    return run.finish(**last, designs=designs if config.compare else {})
+    return run.finish(**last, designs=designs if c.compare else {})
 
 if __name__ == "__main__":
     launch(main)

@@ -525,7 +525,7 @@ def train(run, learners, digits, labels, tests):
             terms |= {f"{name} loss_i": loss_i, f"{name} loss_t": loss_t}
         run.log(**terms)
 
-# ---- Pictures ------------------------------------------------------------------------------------
+# ---- Figures -------------------------------------------------------------------------------------
 
 def show(axes, image, text):
     """One image (3, H, W) under a short text."""
@@ -891,8 +891,8 @@ def launch(main):
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    config = parse(argv)
-    asked = config.prompt.strip("; .") or (
+    c = parse(argv)
+    asked = c.prompt.strip("; .") or (
         "a red three above a blue seven; a blue three above a red seven; "
         "a blue seven above a red three; a red zero left of a blue two")
     prompts = [" ".join(p.lower().strip(" .").split()) for p in asked.split(";") if p.strip(" .")]
@@ -900,28 +900,28 @@ def main(argv=None):
         if word not in WORDS:
             print(f"--prompt: {word!r} is unknown; the words are:", *WORDS, file=sys.stderr)
             return 2
-    run = Run(config)
+    run = Run(c)
     images, labels, test_images, test_labels = run.data()
     pairs, unseen = (images, labels.cpu()), (test_images, test_labels.cpu())
     count = min(1000, len(test_images))
     tests = {kind: different_pairs(*unseen, count, kind == "new") for kind in ("seen", "new")}
-    plan = {"CLIP": (config.loss, config.batch_size)}
-    if config.compare:
+    plan = {"CLIP": (c.loss, c.batch_size)}
+    if c.compare:
         plan = {f"{loss} {name}": (loss, size)
-                for name, size in (("B/8", config.batch_size // 8), ("B", config.batch_size))
+                for name, size in (("B/8", c.batch_size // 8), ("B", c.batch_size))
                 for loss in ("clip", "itc")}
     models = nn.ModuleDict()
     for name in plan:
-        torch.manual_seed(config.seed)  # all start alike
-        models[name] = CLIP(config.tower).to(run.device)
+        torch.manual_seed(c.seed)  # all start alike
+        models[name] = CLIP(c.tower).to(run.device)
     run.load(models)
     shown = sample_pairs(*pairs, torch.arange(12) % len(images), 0.5)
-    train(run, {name: Learner(models[name], config, *how) for name, how in plan.items()}, *pairs,
+    train(run, {name: Learner(models[name], c, *how) for name, how in plan.items()}, *pairs,
           tests)
     run.save(models.eval())
     draw_pairs(run, *shown)
     draw_training(run, plan)
-    guess, results, ways = chance(count), {}, 1 if config.quick else 8
+    guess, results, ways = chance(count), {}, 1 if c.quick else 8
     for name, model in models.items():
         sayings = [features(model, tokens(SCENES, k)) for k in range(ways)]
         ensemble = F.normalize(torch.stack(sayings).mean(0), dim=1)

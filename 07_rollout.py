@@ -32,9 +32,9 @@ Expect  on two CPU cores 7.2 minutes; seven pictures and weights in out/07_rollo
         comes back. That late attention flattens, as the paper saw, is not so in this small net:
         the class token's entropy goes from 2.3 to 2.2 nats of at most ln 37 = 3.6. Real MNIST,
         seed 0, two cores of an AMD EPYC, 2026-11-22.
-Try     easy: --head-fusion max or --discard 0.9 on saved weights (--epochs 0 --load
-        out/07_rollout/model.pt); medium: --clutter 12 or --depth 6: does rollout gain on the last
-        layer?; harder: which share in place of 1/2 (0.5 in `attention_rollout`) serves best?
+Try     easy: --epochs 0 --load out/07_rollout/model.pt with --head-fusion max, --discard 0.9.
+        medium: --clutter 12, or --depth 6. Does rollout gain on the last layer?
+        harder: which share in place of 1/2, the 0.5 in `attention_rollout`, serves best?
 """
 
 import math
@@ -56,7 +56,7 @@ class Config:
     seed: int = 0  # of weights, noise and order [0..4294967295]
     epochs: int = 6  # passes over the training images [0..100000]
     batch_size: int = 64  # images a step [1..60000]
-    lr: float = 2e-3  # learning rate: warm-up (200 steps, or a tenth) times a cosine to 0 [0..1]
+    lr: float = 2e-3  # learning rate: a short warm-up times a cosine down to 0 [0..1]
     train_size: int = 0  # training images to use, 0 for all [0..60000]
     load: str = ""  # start from this model.pt; with --epochs 0 only evaluate and draw
     quick: bool = False  # the whole path in seconds, on a few hundred images
@@ -298,7 +298,7 @@ def train(run, model, images, labels, test, test_labels):
     """Minimizes the cross-entropy of scenes of the images, drawn anew for every step."""
     c = run.config
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, 0.99), weight_decay=0.05,
-                                  fused=run.device.type in ("cuda", "cpu"))
+                                  fused=run.device.type != "mps")
     for index in run.batches(len(images), lambda: evaluate(model, test, test_labels)):
         model.train()
         x, _ = scenes(images[index], images, (c.height, c.width), c.clutter)
@@ -313,7 +313,7 @@ def train(run, model, images, labels, test, test_labels):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-# ---- Pictures ------------------------------------------------------------------------------------
+# ---- Figures -------------------------------------------------------------------------------------
 
 STYLES = {"rollout": ("C0", "o-"), "mean of layers": ("C1", "s-"), "last layer": ("C2", "^-"),
           "no residual": ("C4", "v-"), "weighted": ("C5", "P-"), "gradient": ("C3", "D-"),
@@ -321,16 +321,17 @@ STYLES = {"rollout": ("C0", "o-"), "mean of layers": ("C1", "s-"), "last layer":
 
 def draw_maps(run, name, title, x, boxes, maps, ylabels):
     """One row a scene x (B, 1, H, W): the scene and its box, then each of the maps (B, n)."""
-    B, (H, W), scene = len(x), x.shape[2:], unit(x)[:, 0]
-    panels = {"scene": scene, **{k: m.view(B, H // PATCH, -1).cpu() for k, m in maps.items()}}
+    B, (H, W), scene = len(x), x.shape[2:], unit(x)[:, 0].numpy()
+    panels = {k: m.view(B, H // PATCH, -1).cpu().numpy() for k, m in maps.items()}
+    panels = {"scene": scene, **panels}
     figure = Figure((1.45 * len(panels), 1.33 * B * H / W + 0.8), layout="constrained")
     for row, axes in enumerate(figure.subplots(B, len(panels), squeeze=False)):
         top, left, bottom, right = boxes[row].tolist()
         for ax, (method, panel) in zip(axes, panels.items()):
-            ax.imshow(panel[row].numpy(), cmap="gray" if method == "scene" else "inferno", vmin=0,
+            ax.imshow(panel[row], cmap="gray" if method == "scene" else "inferno", vmin=0,
                       extent=(0, W, H, 0))
             if method != "scene":
-                ax.contour(scene[row].numpy(), [0.5], colors="w", linewidths=0.7, extent=(0, W, 0, H))
+                ax.contour(scene[row], [0.5], colors="w", linewidths=0.7, extent=(0, W, 0, H))
             ax.plot([left, right, right, left, left], [top, top, bottom, bottom, top], "c", lw=1)
             ax.set(xticks=[], yticks=[], title="" if row else method)
         axes[0].set_ylabel(ylabels[row])
@@ -685,19 +686,19 @@ def launch(main):
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    run = Run(config := parse(argv))
+    run = Run(c := parse(argv))
     images, labels, test_images, test_labels = run.data()
-    size = config.height, config.width
-    test, boxes = scenes(test_images, test_images, size, config.clutter,
+    size = c.height, c.width
+    test, boxes = scenes(test_images, test_images, size, c.clutter,
                          torch.Generator().manual_seed(1))
-    model = VisionTransformer(size, config.embed_dim, config.depth, config.num_heads).to(run.device)
+    model = VisionTransformer(size, c.embed_dim, c.depth, c.num_heads).to(run.device)
     run.load(model)
     train(run, model, images, labels, test, test_labels)
     run.save(model)
     results = evaluate(model, test, test_labels)
     print("test scenes: cross-entropy {test_loss:.4f} nats (chance: ln 10 = 2.30), accuracy "
           "{test_accuracy:.2%} (chance 10%)".format(**results))
-    few = slice(config.explain)
+    few = slice(c.explain)
     logits, counts, rows, layers = study(run, model, test[few], test_labels[few], boxes[few])
     print("maps: pointing and mass, more is better (uniform: chance); deletion, less is better")
     table = {}
