@@ -19,7 +19,7 @@ directions of MNIST have more than 1: half of the book's latents stay unused, im
 Learning σ asks the data; in the book's units, ‖x - x̂‖² + 2 KL, it multiplies the KL by σ² = 0.006.
 
 Run     python 01_vae.py    (--book: the book's model and training; --quick; --help)
-Expect  on two CPU cores 35 to 50 seconds; five pictures, samples and weights in out/01_vae. Test
+Expect  on two CPU cores 25 to 50 seconds; five pictures, samples and weights in out/01_vae. Test
         images, nats an image:
                                        ELBO    KL    σ       latents in use   minutes
         this file                      +810    64   0.078       20 of 20        0.7
@@ -30,8 +30,8 @@ Expect  on two CPU cores 35 to 50 seconds; five pictures, samples and weights in
         N(0, I) mostly falls between the places where images are encoded; 02_hvae.py mends that.
 Try     easy: --latent-dim 2 (two more pictures: the latent plane).
         medium: --sigma 1, 0.3 and 0.1. How many latents are in use, and how sharp are the images?
-        harder: let `elbo` return `reconstruction - 4 * kl` at the end, which is then no bound:
-        what happens to reconstructions, samples, latents in use and `first_1000_bounds`?
+        harder: a β-VAE (β = 4) in `train`, `(3 * kl - elbo).mean().backward()`: what happens to
+        reconstructions, samples and latents in use, what to the ELBO, and why?
 """
 
 import math
@@ -93,7 +93,7 @@ def mlp(input_dim, hidden_dim, output_dim, layers, activation):
 
 class Encoder(nn.Module):
     """x (N, D) -> mu, logvar of q(z | x), each (N, latent_dim). The net gives log σ² itself: the
-    logarithm of a σ² that underflowed would be -inf."""
+    logarithm of a σ² that underflowed would be -inf (§8.1.1)."""
 
     def __init__(self, input_dim, hidden_dim, latent_dim, layers, activation):
         super().__init__()
@@ -102,16 +102,6 @@ class Encoder(nn.Module):
     def forward(self, x):
         mu, logvar = self.net(x).chunk(2, 1)  # (N, 2 latent_dim) -> 2 x (N, latent_dim)
         return mu, logvar.clamp(-20, 20)  # σ from e^-10 to e^10: whatever the net says, finite
-
-class Decoder(nn.Module):
-    """z (N, latent_dim) -> x_hat (N, D), the mean of p(x | z), in [0, 1]."""
-
-    def __init__(self, latent_dim, hidden_dim, output_dim, layers, activation):
-        super().__init__()
-        self.net = mlp(latent_dim, hidden_dim, output_dim, layers, activation)
-
-    def forward(self, z):
-        return torch.sigmoid(self.net(z))
 
 def reparameterize(mu, logvar):
     """A draw z = μ + σ ε from N(μ, σ²) through which gradients reach μ and log σ² (App. C.3)."""
@@ -136,8 +126,9 @@ class VAE(nn.Module):
         super().__init__()
         self.latent_dim = latent_dim
         self.encoder = Encoder(input_dim, hidden_dim, latent_dim, layers, activation)
-        self.decoder = Decoder(latent_dim, hidden_dim, input_dim, layers, activation)
-        self.x_logvar = nn.Parameter(torch.tensor(2 * math.log(sigma or 0.1)))  # log σ²
+        self.decoder = nn.Sequential(  # z (N, latent_dim) -> x̂ (N, D), the mean of p(x | z)
+            mlp(latent_dim, hidden_dim, input_dim, layers, activation), nn.Sigmoid())
+        self.x_logvar = nn.Parameter(torch.tensor(2 * math.log(sigma or 0.1)))  # log σ², from 0.1
         self.x_logvar.requires_grad_(sigma == 0)
 
     def elbo(self, x):
@@ -164,12 +155,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def sample(self, n):
         """n images (n, D): z from the prior, then the mean x̂(z) without the noise σ."""
-        return self.decoder(torch.randn(n, self.latent_dim).to(self.x_logvar))
-
-    @torch.no_grad()
-    def reconstruct(self, x):
-        """x (N, D) -> x̂ (N, D) at the mean of q(z | x)."""
-        return self.decoder(self.encoder(x)[0])
+        return self.decoder(torch.randn(n, self.latent_dim).to(self.x_logvar))  # on its device
 
 def flat(images):
     """uint8 (N, 28, 28) -> (N, 784) in [0, 1]."""
@@ -257,7 +243,8 @@ def draw_latents(run, model, x, labels):
 
 def draw_images(run, model, x):
     """Reconstructions, interpolations and samples."""
-    pairs = torch.cat([x[:10], model.reconstruct(x[:10])]).view(-1, 1, 28, 28)
+    x_hat = model.decoder(model.encoder(x[:10])[0])  # at the mean of q(z | x)
+    pairs = torch.cat([x[:10], x_hat]).view(-1, 1, 28, 28)
     run.grid("reconstructions", f"Test images, and what {model.latent_dim} numbers keep of them",
              pairs, 10, (8, 2.2), yticks=["x", "x̂"])
     start, end = model.encoder(x[:12])[0].view(2, 6, 1, -1)  # means: two ends of six paths
@@ -393,6 +380,7 @@ class Run:
         self.config, self.settings, self.script = config, asdict(config), Path(__file__).stem
         self.out, self.began, self.history = Path(config.out, self.script), time.time(), []
         self.step, self.steps, self.rate, self.stopped = 0, 0, 0.0, False
+        self.dataset = "data of your own"  # until data() says which
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(k for k in has if has[k]) if config.device == "auto" else config.device
         if not has[name]:
@@ -423,9 +411,9 @@ class Run:
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
 
     def batches(self, count, report=dict, per_epoch=1):
-        """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
-        `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
-        to the history. Raises SystemExit when one of them is not finite."""
+        """Index batches (B,) of `epochs` shuffled passes over `count` images, until Ctrl-C; what
+        fills no batch is not used. `per_epoch` times an epoch the means of what was logged and the
+        numbers of `report()` go to the history. Raises SystemExit if one of them is not finite."""
         def interrupt(*_):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -451,8 +439,8 @@ class Run:
                 if due:
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
-                left = (self.steps - self.step) * size / self.rate
-                text = f"epoch {epoch:.2f}  {left // 60:.0f}:{left % 60:02.0f} left  "
+                left = round((self.steps - self.step) * size / self.rate)
+                text = f"epoch {epoch:.2f}  {left // 60}:{left % 60:02} left  "
                 text += f"{self.rate:.0f} images/s" + "".join(
                     f"  {k} {v:.4g}" for k, v in row.items())
                 width = shutil.get_terminal_size().columns - 1

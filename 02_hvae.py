@@ -7,20 +7,20 @@ A second latent z2 explains the first, z1, and z1 explains the image (App. C.1):
              - E_q[log q(z1 | x) - log p(z1 | z2)]             level 1, -J3
              - E_q[KL(q(z2 | z1) ‖ p(z2))]                     level 2, -J2
 
-each estimated at one drawn pair z1, z2 (App. C.3), in nats with all constants.
+each estimated at one drawn pair z1, z2 (App. C.3), in nats with all constants. Three faults:
 
 1. As printed the code stops: imports and two classes are commented out, so `nn` is undefined. And
    log(sigma**2) is -inf once σ² underflows; here the log σ² that the networks give stays as it is.
 2. The text computes level 1 as KL(q(z1 | x) ‖ p(z1 | z2)) in closed form. That draws z1 afresh, but
    z2 came from this very z1: the pair belongs together. The closed form charges a z2 for all it
-   knows of the noise in its z1: a·b·σ1² nats a dimension for p(z1 | z2) = N(b z2, 1) and a mean
-   a z1 of z2. At σ = 1 that is enough to switch z2 off.
+   knows of the noise in its z1: a·b·σ1² nats a dimension for p(z1 | z2) = N(b z2, 1) and
+   q(z2 | z1) of mean a z1. At σ = 1 that is enough to switch z2 off.
 3. p(x | z1) = N(x̂, I). With σ = 1 an image is worth few nats (01_vae.py), and z1 hardly needs a
    better prior. Here σ is learned, and the variance of p(z1 | z2) depends on z2: one that is the
    same everywhere, like the text's 1, would only set the unit of z1.
 
 Run     python 02_hvae.py    (--as-printed: the text's network, settings and loss; --quick; --help)
-Expect  on two CPU cores 2.5 minutes; five pictures, samples, weights in out/02_hvae. Three models
+Expect  on two CPU cores 2 minutes; five pictures, samples, weights in out/02_hvae. Three models
         of equal width learn from the same batches. Test images, nats an image; 1,000 samples, their
         Fréchet distance to the test images by the last features of a classifier:
                                         ELBO   level 1  level 2   Fréchet distance  rarest class
@@ -62,7 +62,7 @@ class Config:
     quick: bool = False  # the whole path in seconds, on a few hundred images
     as_printed: bool = False  # train the text's model alone, with its settings
     schedule: str = "cosine"  # lr: warm-up and down to 0, or as it is [cosine|constant]
-    warmup: float = 1.0  # epochs over which the weight of both KL terms grows to 1 [0..1000]
+    warmup: float = 1.0  # epochs in which the KL comes in: first z2 learns, then it costs [0..1000]
     latent_dim: int = 20  # numbers in z1, and in z2 [2..1000]
     hidden_dim: int = 256  # width of the hidden layers [1..10000]
     layers: int = 2  # hidden layers; from the second on they add to their input [1..20]
@@ -401,6 +401,7 @@ class Run:
         self.config, self.settings, self.script = config, asdict(config), Path(__file__).stem
         self.out, self.began, self.history = Path(config.out, self.script), time.time(), []
         self.step, self.steps, self.rate, self.stopped = 0, 0, 0.0, False
+        self.dataset = "data of your own"  # until data() says which
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(k for k in has if has[k]) if config.device == "auto" else config.device
         if not has[name]:
@@ -431,9 +432,9 @@ class Run:
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
 
     def batches(self, count, report=dict, per_epoch=1):
-        """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
-        `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
-        to the history. Raises SystemExit when one of them is not finite."""
+        """Index batches (B,) of `epochs` shuffled passes over `count` images, until Ctrl-C; what
+        fills no batch is not used. `per_epoch` times an epoch the means of what was logged and the
+        numbers of `report()` go to the history. Raises SystemExit if one of them is not finite."""
         def interrupt(*_):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -459,8 +460,8 @@ class Run:
                 if due:
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
-                left = (self.steps - self.step) * size / self.rate
-                text = f"epoch {epoch:.2f}  {left // 60:.0f}:{left % 60:02.0f} left  "
+                left = round((self.steps - self.step) * size / self.rate)
+                text = f"epoch {epoch:.2f}  {left // 60}:{left % 60:02} left  "
                 text += f"{self.rate:.0f} images/s" + "".join(
                     f"  {k} {v:.4g}" for k, v in row.items())
                 width = shutil.get_terminal_size().columns - 1

@@ -11,22 +11,24 @@ A chain without parameters turns an image x_0 into noise x_T; a network learns t
             = w_t E ‖ε - ε_θ(x_t, t)‖² + const                          w_t: ex. 5.6
     L_simple = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖²                   without w_t, eq. 5.36
 
-Training minimizes L_simple with a milder weight, 1/ᾱ_t, and t drawn by `draw_t`: same minimum.
+Training weights L_simple by 1/ᾱ_t, which makes it the squared error of the v that `UNet` computes,
+and draws t by `draw_t`: the same minimum.
 Everywhere t runs from 1 to T and ᾱ_0 = 1; pixels are in [-1, 1]. Equations 5.x and exercises (ex.)
 are those of the book's chapter 5, sections (§) those of the text on diffusion theory.
 
 Run     python 03_ddpm.py    (--quick: the whole path in seconds; --help: every setting)
-Expect  on two CPU cores first digits after 1 minute and the end after 11; eight pictures, samples
+Expect  on two CPU cores first digits after 1 minute and the end after 8; eight pictures, samples
         and weights in out/03_ddpm. L_simple on test images falls to 0.023 (always answering 0
-        scores 1), the bound to 2.2 bits/dim (8 for uniform pixels). 1,000 samples, judged by a
-        classifier that is right on 99.7% of real test images:
+        scores 1), the bound (of 16 images) to 2.2 bits/dim (8 for uniform pixels). 1,000 samples,
+        judged by a classifier that is right on 99.7% of real test images:
                                       over 95% sure   rarest class   Fréchet distance
         this file, 50 steps                83%            6.8%               73
         the same with --eta 0              72%            8.8%              125
         the book's VAE, 30 epochs          64%            1.4%              885
         1,000 real test images             98%            7.7%               12
-        Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-21. There the network and loop
-        of the book, rebuilt, take 14 minutes for one of ten epochs, a fifth of the images a second.
+        Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-22. The network and loop of the book,
+        rebuilt, took 14 minutes for one of ten epochs in an hour in which this file took 11: a
+        fifth of the images a second.
 Try     easy: --epochs 0 --load out/03_ddpm/model.pt with --eta 0, --eta 3, --steps 10.
         medium: t drawn uniformly, `u = torch.rand(count)` in `draw_t`.
         harder: L_simple itself, `loss = simple.mean()` in `train`. Which terms of the bound suffer?
@@ -134,9 +136,10 @@ class Diffusion:
 
     @torch.no_grad()
     def vlb(self, model, x0):
-        """The whole bound on -log p_θ(x_0), in bits/dim, for σ_t² = β_t (eq. 5.27), of 8-bit images
-        in [-1, 1]. Returns L_T (B,); terms (B, T), L_{t-1} in column t-1 and so L_0 in column 0,
-        each at one drawn x_t; and the approximation of L_0 (B,) in ex. 5.5."""
+        """The whole bound on -log p_θ(x_0), in bits/dim, for σ_t² = β_t (eq. 5.27; text §8.3), of
+        8-bit images in [-1, 1]. Returns L_T (B,); terms (B, T), L_{t-1} in column t-1 and so L_0 in
+        column 0, each at an x_t of its own instead of along one chain (text §8.4); and the
+        approximation of L_0 (B,) in ex. 5.5. The model is the one that samples: x̂_0 is clipped."""
         bits = 1 / (x0[0].numel() * math.log(2))  # nats of an image -> bits/dim
         bar, terms = self.alpha_bars[-1].item(), []
         L_T = 0.5 * (bar * x0.square() - bar - math.log1p(-bar)).flatten(1).sum(1)  # KL to N(0, I)
@@ -190,7 +193,8 @@ def discretized_log_likelihood(x0, mean, std):
 
 def transition_density(r, x, t, z):
     """u(r, x; t, z): density at z, time t, of the chain's limit T -> ∞ started from x at time r.
-    The limit is dX = -β(t) X/2 dt + √β(t) dW, β(t) = 0.1 + 19.9 t (ex. 5.3; not for training)."""
+    The limit is dX = -β(t) X/2 dt + √β(t) dW with, only here, times t/T in [0, 1] and T β_t =
+    β(t) = 0.1 + 19.9 t (ex. 5.3; not for training)."""
     integral = (t - r) * (0.1 + 19.9 * (t + r) / 2)  # ∫ β from r to t
     return Normal(x * torch.exp(-integral / 2), (-torch.expm1(-integral)).sqrt()).log_prob(z).exp()
 
@@ -381,7 +385,8 @@ def draw_curves(run, diffusion, model, test_images):
     axes.set(xlabel="t", ylabel="bits/dim")
     axes.legend()
     bound = (L_T + terms.sum(1)).mean().item()
-    run.figure("bound", f"The bound: {bound:.2f} bits/dim (8 without a model)", figure)
+    run.figure("bound", f"The bound of {len(x0)} test images: {bound:.2f} bits/dim (at first 8)",
+               figure)
     return losses.mean().item(), bound
 
 def draw_samples(run, diffusion, model, snapshots):
@@ -535,6 +540,7 @@ class Run:
         self.config, self.settings, self.script = config, asdict(config), Path(__file__).stem
         self.out, self.began, self.history = Path(config.out, self.script), time.time(), []
         self.step, self.steps, self.rate, self.stopped = 0, 0, 0.0, False
+        self.dataset = "data of your own"  # until data() says which
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(k for k in has if has[k]) if config.device == "auto" else config.device
         if not has[name]:
@@ -565,9 +571,9 @@ class Run:
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
 
     def batches(self, count, report=dict, per_epoch=1):
-        """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
-        `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
-        to the history. Raises SystemExit when one of them is not finite."""
+        """Index batches (B,) of `epochs` shuffled passes over `count` images, until Ctrl-C; what
+        fills no batch is not used. `per_epoch` times an epoch the means of what was logged and the
+        numbers of `report()` go to the history. Raises SystemExit if one of them is not finite."""
         def interrupt(*_):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -593,8 +599,8 @@ class Run:
                 if due:
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
-                left = (self.steps - self.step) * size / self.rate
-                text = f"epoch {epoch:.2f}  {left // 60:.0f}:{left % 60:02.0f} left  "
+                left = round((self.steps - self.step) * size / self.rate)
+                text = f"epoch {epoch:.2f}  {left // 60}:{left % 60:02} left  "
                 text += f"{self.rate:.0f} images/s" + "".join(
                     f"  {k} {v:.4g}" for k, v in row.items())
                 width = shutil.get_terminal_size().columns - 1

@@ -16,7 +16,7 @@ book's chapter 5. Parameters are named as in timm, so published weights load, in
     vit.load_state_dict(weights, strict=True)        # and the same logits for the same image
 
 Run     python 04_vit.py    (--quick: the whole path in seconds; --help: every setting)
-Expect  on two CPU cores 5.2 minutes; five pictures and weights in out/04_vit; 98.99% of the test
+Expect  on two CPU cores 5 minutes; five pictures and weights in out/04_vit; 98.99% of the test
         digits (chance 10%). Half of the 24 heads can be switched off for 2 points of accuracy.
         Letters drawn from fonts, which the network has never seen, 2,000 to test (chance 4%):
           examples of each letter         1     5    20   100     seconds for 100
@@ -24,10 +24,10 @@ Expect  on two CPU cores 5.2 minutes; five pictures and weights in out/04_vit; 9
           ridge on pixels                26%   49%   62%   74%         0.07
           fine-tuning, 100 steps         52%   80%   87%   89%         4
         With many examples the closed form is as good at an eighth of the time: the paper probes
-        with it "to save compute". With few, fine-tuning gains from the moved images it is shown.
+        with it "to save compute". With few, fine-tuning may gain from the moved images it is shown.
         Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-22.
 Try     easy: --pos none, and --pos sincos. Does the order of the patches matter to digits?
-        medium: --num-heads 1, then --patch-size 4 (four times as long: attention costs N²).
+        medium: --num-heads 1, then --patch-size 4 (49 patches instead of 16).
         harder: the mean of the patches instead of the class token, as in the paper's App. D.3:
         `[:, 1:].mean(1)` for `[:, 0]` in `forward`.
 """
@@ -175,7 +175,8 @@ class VisionTransformer(nn.Module):
 
 def ridge_probe(features, labels, classes, lam):
     """Few-shot training in closed form (ex. 5.1; paper, §4.1): the W (D + 1, K) that minimizes
-    ‖[features, 1] W - targets‖² + lam ‖W‖², with targets in {-1, 1}^K; features (n, D)."""
+    ‖X W - Y‖² + λ ‖W‖² solves (XᵀX + λI) W = XᵀY; X = [features, 1], features (n, D), targets Y
+    (n, K) of -1 and 1."""
     x = F.pad(features.cpu(), (0, 1), value=1.0).double()  # (n, D + 1), a bias at the end
     targets = 2 * F.one_hot(labels.cpu(), classes).double() - 1
     eye = torch.eye(x.shape[1], dtype=x.dtype)
@@ -263,7 +264,7 @@ def draw_inside(run, model, images, labels):
         pos = F.normalize(model.pos_embed[0, 1:], dim=1)  # (N, D), without the class token
         alike = pos @ pos.T / (pos @ pos.T).fill_diagonal_(0).abs().max()  # itself: out of range
         run.grid("positions", "One map a patch, at its place: its position embedding against\n"
-                 "all others, cosine (white: alike, gray: 0, black: opposite)",
+                 "all others, cosine over its largest (white: alike, gray: 0)",
                  alike.view(-1, 1, side, side), side, (6, 6.5))
     tokens = [z.mean(1) for z in model.layers(x)]  # (L + 1) x (n, D), mean over an image
     left, right = (figure := Figure((9, 3.8), layout="constrained")).subplots(1, 2)
@@ -480,6 +481,7 @@ class Run:
         self.config, self.settings, self.script = config, asdict(config), Path(__file__).stem
         self.out, self.began, self.history = Path(config.out, self.script), time.time(), []
         self.step, self.steps, self.rate, self.stopped = 0, 0, 0.0, False
+        self.dataset = "data of your own"  # until data() says which
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(k for k in has if has[k]) if config.device == "auto" else config.device
         if not has[name]:
@@ -510,9 +512,9 @@ class Run:
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
 
     def batches(self, count, report=dict, per_epoch=1):
-        """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
-        `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
-        to the history. Raises SystemExit when one of them is not finite."""
+        """Index batches (B,) of `epochs` shuffled passes over `count` images, until Ctrl-C; what
+        fills no batch is not used. `per_epoch` times an epoch the means of what was logged and the
+        numbers of `report()` go to the history. Raises SystemExit if one of them is not finite."""
         def interrupt(*_):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -538,8 +540,8 @@ class Run:
                 if due:
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
-                left = (self.steps - self.step) * size / self.rate
-                text = f"epoch {epoch:.2f}  {left // 60:.0f}:{left % 60:02.0f} left  "
+                left = round((self.steps - self.step) * size / self.rate)
+                text = f"epoch {epoch:.2f}  {left // 60}:{left % 60:02} left  "
                 text += f"{self.rate:.0f} images/s" + "".join(
                     f"  {k} {v:.4g}" for k, v in row.items())
                 width = shutil.get_terminal_size().columns - 1

@@ -18,7 +18,7 @@ Parameters are named as in openai/CLIP, so published weights load, those of "RN5
     clip.load_state_dict(weights, strict=True)
 
 Run     python 06_clip.py    (--quick: the whole path in seconds; --help: every setting)
-Expect  on two CPU cores 8 minutes; six pictures and weights in out/06_clip. On 1,000 unseen images
+Expect  on two CPU cores 7 minutes; six pictures and weights in out/06_clip. On 1,000 unseen images
         with digit-color pairs of the training, and 1,000 (new) with pairs that never were, in %:
                                   default       --twins 0    --tower vit
                                 seen    new    seen    new    seen    new   chance
@@ -29,9 +29,10 @@ Expect  on two CPU cores 8 minutes; six pictures and weights in out/06_clip. On 
           colors exchanged*    100.0  100.0   100.0  100.0    98.3   99.1     50
           digits exchanged*     99.8   99.7   100.0  100.0    82.8   80.4     50
           places exchanged*    100.0  100.0    49.1   50.6    99.7   99.9     50
-        * how often an image prefers its caption to the one with these exchanged. Without twins no
-        batch asks what is above what; they teach it, and new pairs find captions far more often,
-        at the price of some digits. The ViT (5 epochs) would need more images for the digits.
+        Digit, color, relation: its caption is nearer than all that differ in that alone; * than
+        the one with these exchanged, of two digits and colors that differ. Without twins no batch
+        asks what is above what; they teach it, and new pairs find captions far more often, at the
+        price of some digits. The ViT (5 epochs) would need more images for the digits.
         --compare, 120,000 images each: R@1 of CLIP 18.0, of ITC 63.6 at batches of 32; 67.8 and
         50.2 at batches of 256. The queue pays where batches are small; but with ITC exchanged
         places stay a coin's toss: perhaps one twin counts little among 4,096 others.
@@ -67,7 +68,7 @@ class Config:
     train_size: int = 0  # training digits to use, 0 for all [0..60000]
     load: str = ""  # start from this model.pt; with --epochs 0 only evaluate and draw
     quick: bool = False  # the whole path in seconds, on a few hundred images
-    compare: bool = False  # both losses, at batches of 256 and an eighth, on as many images
+    compare: bool = False  # both losses, batches of 256 and of an eighth; pictures: ITC at 256
     tower: str = "resnet"  # what sees the images [resnet|vit]
     loss: str = "clip"  # within the batch, or with slow encoders and a queue [clip|itc]
     queue: int = 4096  # M, features in the queue of itc [1..1000000]
@@ -143,7 +144,7 @@ def render(digits, scenes):
     across = torch.empty(B, 1).uniform_(-0.3, 0.3) + torch.empty(B, 2).uniform_(-0.15, 0.15)
     along = torch.tensor([-0.48, 0.48]) + torch.empty(B, 2).uniform_(-0.03, 0.03)
     place = torch.stack([along.where(flat, across), across.where(flat, along)], 2)  # x, y
-    theta = torch.cat([torch.eye(2).expand(B, 2, 2, 2), -place[..., None]], 3) / half
+    theta = torch.cat([torch.eye(2).expand(B, 2, 2, 2), -place[..., None]], 3) / half  # inverse
     color = torch.tensor(list(INKS.values()))[scenes[:, [1, 3]]]
     color = color * torch.empty(B, 2, 1).uniform_(0.75, 1)  # (B, 2, 3), not always as bright
     ink = digits.flatten(0, 1)[:, None].float() / 255  # (2B, 1, 28, 28)
@@ -196,12 +197,6 @@ class Attention(nn.Module):
         heads = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=self.causal)
         return self.out_proj(heads.transpose(1, 2).flatten(2))  # (B, h, N, D/h) -> (B, N, D)
 
-class QuickGELU(nn.Module):
-    """x σ(1.702 x), close to GELU."""
-
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
 class ResidualAttentionBlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); (B, N, D) throughout."""
 
@@ -209,8 +204,7 @@ class ResidualAttentionBlock(nn.Module):
         super().__init__()
         self.attn = Attention(dim, num_heads, causal)
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(dim, 4 * dim), gelu=QuickGELU(), c_proj=nn.Linear(4 * dim, dim)))
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(dim, 4 * dim), c_proj=nn.Linear(4 * dim, dim)))
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * dim)**-0.5)
         for last in (self.attn.out_proj, self.mlp.c_proj):  # small, for 2 · depth of them add up
             nn.init.normal_(last.weight, std=(2 * depth * dim)**-0.5)
@@ -218,7 +212,8 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        h = self.mlp.c_fc(self.ln_2(x))
+        return x + self.mlp.c_proj(h * torch.sigmoid(1.702 * h))  # QuickGELU, close to GELU
 
 def transformer(dim, depth, num_heads, causal=False):
     """A stack of blocks."""
@@ -439,8 +434,8 @@ def evaluate(images, texts, scenes):
     across, swap = scenes + one[4], EXCHANGES["places"]
     others = torch.stack([scenes[:, swap], across, across[:, swap]], 1)
     right["relation"] = prefers(similarity, scenes, others)
-    # binding, among scenes of two digits that differ, in two colors; a foil has a pair never seen
-    # only where the caption has one, too, and those of such captions mostly have none
+    # binding, of two different digits in two colors; a foil has no digit-color pair that is new
+    # unless the caption has one, too
     two = (scenes[:, :2] != scenes[:, 2:4]).all(1)
     for name, order in EXCHANGES.items():
         foils = scenes[:, order]
@@ -738,6 +733,7 @@ class Run:
         self.config, self.settings, self.script = config, asdict(config), Path(__file__).stem
         self.out, self.began, self.history = Path(config.out, self.script), time.time(), []
         self.step, self.steps, self.rate, self.stopped = 0, 0, 0.0, False
+        self.dataset = "data of your own"  # until data() says which
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(k for k in has if has[k]) if config.device == "auto" else config.device
         if not has[name]:
@@ -768,9 +764,9 @@ class Run:
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
 
     def batches(self, count, report=dict, per_epoch=1):
-        """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
-        `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
-        to the history. Raises SystemExit when one of them is not finite."""
+        """Index batches (B,) of `epochs` shuffled passes over `count` images, until Ctrl-C; what
+        fills no batch is not used. `per_epoch` times an epoch the means of what was logged and the
+        numbers of `report()` go to the history. Raises SystemExit if one of them is not finite."""
         def interrupt(*_):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -796,8 +792,8 @@ class Run:
                 if due:
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
-                left = (self.steps - self.step) * size / self.rate
-                text = f"epoch {epoch:.2f}  {left // 60:.0f}:{left % 60:02.0f} left  "
+                left = round((self.steps - self.step) * size / self.rate)
+                text = f"epoch {epoch:.2f}  {left // 60}:{left % 60:02} left  "
                 text += f"{self.rate:.0f} images/s" + "".join(
                     f"  {k} {v:.4g}" for k, v in row.items())
                 width = shutil.get_terminal_size().columns - 1

@@ -14,7 +14,7 @@ of: the last W; the mean of all W; rollout without I; rollout; rollout weighted 
 comes through attention, measured, in place of 1/2; rollout by the gradient of the answer's logit.
 
 Run     python 07_rollout.py    (--quick: the whole path in seconds; --help: every setting)
-Expect  on two CPU cores 7.2 minutes; seven pictures and weights in out/07_rollout; 95.4% of the
+Expect  on two CPU cores 7 minutes; six pictures and weights in out/07_rollout; 95.4% of the
         test digits read (chance 10%). On 2,000 test scenes, in %:
                                    points at the digit   mass in its box   deletion (lower: better)
           last layer                      99.0                60.6               14.4
@@ -28,10 +28,10 @@ Expect  on two CPU cores 7.2 minutes; seven pictures and weights in out/07_rollo
         while patches go, strongest first) whether it agrees with the model. Rollout beats the last
         layer in pointing and deletion, but the plain mean of the layers is as good or better, and
         rollout's mass leaks away: layer by layer it spreads, since it takes half of every token
-        from others, where the lengths say 17 to 29% for patches. With those shares most of it
-        comes back. That late attention flattens, as the paper saw, is not so in this small net:
-        the class token's entropy goes from 2.3 to 2.2 nats of at most ln 37 = 3.6. Real MNIST,
-        seed 0, two cores of an AMD EPYC, 2026-11-22.
+        from others. With the measured shares, which are smaller, most of it comes back. That late
+        attention flattens, as the paper saw, is not so in this small net: the class token's entropy
+        goes from 2.3 to 2.2 nats of at most ln 37 = 3.6. Real MNIST, seed 0, two cores of an AMD
+        EPYC, 2026-11-22.
 Try     easy: --epochs 0 --load out/07_rollout/model.pt with --head-fusion max, --discard 0.9.
         medium: --clutter 12, or --depth 6. Does rollout gain on the last layer?
         harder: which share in place of 1/2, the 0.5 in `attention_rollout`, serves best?
@@ -121,7 +121,7 @@ def explain(model, x, config):
     """Explains the model's answers to scenes x (B, 1, H, W). Returns logits (B, 10), six maps
     (B, n) by name, and for every layer its attention, mean over the heads whatever `head_fusion`,
     and the rollout up to it, both (L, B, N, N). The gradient is that of the class answered."""
-    logits, attentions, shares = model(x, weights=True)
+    logits, attentions, shares = model.eval()(x, weights=True)
     raw, how = torch.stack(attentions).mean(2), (config.head_fusion, config.discard)
     rolled = attention_rollout(attentions, True, *how, joint=True)
     matrices = {"last layer": raw[-1], "mean of layers": raw.mean(0),
@@ -379,7 +379,8 @@ def draw_measures(run, counts, rows, table):
     left, right = (figure := Figure((10, 4.2), layout="constrained")).subplots(1, 2)
     painted = [100 * count / counts[-1] for count in counts]
     for place, (name, values) in enumerate(rows.items()):
-        (color, style), row = STYLES[name], {k: 100 * v for k, v in table[name].items()}
+        color, style = STYLES.get(name, ("k", "x-"))
+        row = {k: 100 * v for k, v in table[name].items()}
         left.barh(place - 0.2, row["pointing"], 0.4, color=color)
         left.barh(place + 0.2, row["mass"], 0.4, color=color, alpha=0.4)
         right.plot(painted, 100 * values[:, 2:].mean(0).numpy(), style, color=color, ms=4,
@@ -533,6 +534,7 @@ class Run:
         self.config, self.settings, self.script = config, asdict(config), Path(__file__).stem
         self.out, self.began, self.history = Path(config.out, self.script), time.time(), []
         self.step, self.steps, self.rate, self.stopped = 0, 0, 0.0, False
+        self.dataset = "data of your own"  # until data() says which
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(k for k in has if has[k]) if config.device == "auto" else config.device
         if not has[name]:
@@ -563,9 +565,9 @@ class Run:
         return [a.to(self.device) for a in (*(a[:size] for a in arrays[:2]), *arrays[2:])]
 
     def batches(self, count, report=dict, per_epoch=1):
-        """Index batches (B,) for `epochs` shuffled passes over `count` images, until Ctrl-C.
-        `per_epoch` times an epoch, the means of what was logged and the numbers of `report()` go
-        to the history. Raises SystemExit when one of them is not finite."""
+        """Index batches (B,) of `epochs` shuffled passes over `count` images, until Ctrl-C; what
+        fills no batch is not used. `per_epoch` times an epoch the means of what was logged and the
+        numbers of `report()` go to the history. Raises SystemExit if one of them is not finite."""
         def interrupt(*_):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -591,8 +593,8 @@ class Run:
                 if due:
                     self.history.append(dict(epoch=epoch, **row))
                     self.sums, self.logged, clock = {}, 0, clock + time.time() - shown
-                left = (self.steps - self.step) * size / self.rate
-                text = f"epoch {epoch:.2f}  {left // 60:.0f}:{left % 60:02.0f} left  "
+                left = round((self.steps - self.step) * size / self.rate)
+                text = f"epoch {epoch:.2f}  {left // 60}:{left % 60:02} left  "
                 text += f"{self.rate:.0f} images/s" + "".join(
                     f"  {k} {v:.4g}" for k, v in row.items())
                 width = shutil.get_terminal_size().columns - 1

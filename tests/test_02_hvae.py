@@ -163,7 +163,7 @@ def test_one_level_is_the_vae_of_the_first_file():
     vae = load_script(ROOT / "01_vae.py").VAE(latent_dim=3, hidden_dim=8)
     one, x = script.TwoLevelVAE(3, 8, levels=1), torch.rand(6, 784)
     one.encoder1.load_state_dict(vae.encoder.state_dict())
-    one.decoder1[0].load_state_dict(vae.decoder.net.state_dict())
+    one.decoder1[0].load_state_dict(vae.decoder[0].state_dict())
     torch.manual_seed(1)
     J1, level1, level2 = one.elbo(x, exact=False)
     torch.manual_seed(1)

@@ -238,9 +238,13 @@ def test_parameters_are_those_of_a_published_rn50():
     assert shapes("RN50") == wanted
 
 
-def test_quick_gelu_is_its_formula():
-    x = torch.linspace(-5, 5, 50, dtype=torch.float64)
-    assert torch.allclose(script.QuickGELU()(x), x / (1 + torch.exp(-1.702 * x)))
+def test_the_mlp_of_a_block_is_its_formula():
+    torch.manual_seed(0)
+    block, x = script.ResidualAttentionBlock(16, 2, False, 1), torch.randn(3, 5, 16)
+    torch.nn.init.zeros_(block.attn.out_proj.weight)  # no attention
+    h = block.mlp["c_fc"](F.layer_norm(x, (16,)))
+    expected = x + block.mlp["c_proj"](h / (1 + torch.exp(-1.702 * h)))
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_a_text_is_read_off_at_its_end_and_no_token_looks_ahead():
