@@ -368,6 +368,15 @@ def test_drawn_digits_are_named_in_every_figure_and_in_the_metrics(tmp_path):
         assert metrics["data"] == job.dataset and metrics["results"] == {"value": 1}
 
 
+def test_data_of_ones_own_takes_the_place_of_run_data(tmp_path, monkeypatch):
+    module = load_script(SCRIPTS[0])
+    own = [*module.draw_characters(200, 5), *module.draw_characters(100, 6)]
+    monkeypatch.setattr(module.Run, "data", lambda run: own)
+    assert module.main(["--quick", "--out", str(tmp_path)]) == 0
+    metrics = json.loads((tmp_path / SCRIPTS[0].stem / "metrics.json").read_text())
+    assert metrics["data"] == "data of your own"
+
+
 def test_samples_are_kept_as_bytes(tmp_path):
     job = first.Run(first.Config(out=str(tmp_path), device="cpu"))
     levels = torch.arange(784).remainder(256).byte().view(1, 1, 28, 28)
