@@ -202,7 +202,7 @@ class DiTBlock(nn.Module):
 
     def forward(self, x, c, tokens):
         """x (B, N, D); the condition as one vector c (B, 1, D) and as tokens (B, 2, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = 0, 0, 1, 0, 0, 1  # plain norms, no gates
+        shift1, scale1, gate1, shift2, scale2, gate2 = 0, 0, 1, 0, 0, 1  # δ, γ-1, α: none
         if self.design == "adaln":
             shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, 2)
         if self.design == "adaln-zero":
@@ -318,7 +318,7 @@ class Diffusion:
         bar = self.pair(t, t, x0)[0]
         return bar.sqrt() * x0 + (1 - bar).sqrt() * noise
 
-    def noise(self, answer, x_t, t):
+    def to_eps(self, answer, x_t, t):
         """The model's first channels (B, C, H, W) as ε."""
         bar = self.pair(t, t, x_t)[0]
         return answer if self.predict == "eps" else (1 - bar).sqrt() * x_t + bar.sqrt() * answer
@@ -330,8 +330,8 @@ class Diffusion:
         bar_t, bar_s, beta, tilde = self.pair(t, s, x_t)
         x0 = (x_t - (1 - bar_t).sqrt() * eps) / bar_t.sqrt()
         mean = (bar_s.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - bar_s) * x_t) / (1 - bar_t)
-        first = self.pair(torch.tensor([2]), torch.tensor([1]), x_t)[3]
-        low = tilde.where(tilde > 0, first).log()
+        least = self.pair(torch.tensor([2]), torch.tensor([1]), x_t)[3]
+        low = tilde.where(tilde > 0, least).log()
         return mean, low + (share + 1) / 2 * (beta.log() - low), x0
 
     def loss(self, model, x0, y, t, noise, drop=None):
@@ -339,7 +339,7 @@ class Diffusion:
         teaches the variance only: the mean in it is detached (arXiv:2102.09672 §3.1)."""
         x_t = self.q_sample(x0, t, noise)
         answer, share = model(x_t, t - 1 + self.first, y, drop).to(x_t).chunk(2, 1)
-        eps = self.noise(answer, x_t, t)
+        eps = self.to_eps(answer, x_t, t)
         simple = (eps - noise).square()  # eq. 5.36
         mean, logvar, _ = self.step(x_t, t, t - 1, eps.detach(), share)
         truth, *_ = self.step(x_t, t, t - 1, noise, share)  # the true ε: q(x_{t-1} | x_t, x_0)
@@ -358,7 +358,7 @@ class Diffusion:
         times = times[:, None].expand(-1, len(x))  # (steps + 1, B)
         for t, s in zip(times, times[1:]):
             answer, share = guided(model, x, t.to(x.device) - 1 + self.first, y, scale)
-            eps = self.noise(answer, x, t)  # guiding v guides ε: one is linear in the other
+            eps = self.to_eps(answer, x, t)  # guiding v guides ε: one is linear in the other
             mean, logvar, x0 = self.step(x, t, s, eps, share)
             if s[0] == 0:
                 return x0

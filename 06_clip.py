@@ -88,7 +88,7 @@ INKS = dict(red=(1, 0.25, 0.25), green=(0.25, 1, 0.25), blue=(0.35, 0.35, 1),
             yellow=(1, 1, 0.25), magenta=(1, 0.25, 1), white=(1, 1, 1))
 RELATIONS = (("above", "below"), ("left of", "right of"))  # from the first digit, from the second
 PHRASES = ("a {0} {1} a {2}", "the {0} is {1} the {2}", "there is a {0} {1} a {2}",
-           "a {2} with a {0} {1} it")
+           "a {2} with a {0} {1} it")  # of the first thing, the relation, the second thing
 WORDS = sorted({*" ".join([*DIGITS, *INKS, *RELATIONS[0], *RELATIONS[1], *PHRASES]).split()}
                - {"{0}", "{1}", "{2}"})
 START, END, LENGTH = len(WORDS) + 1, len(WORDS) + 2, 13  # tokens: 0 fills up, words count from 1
@@ -129,7 +129,7 @@ def tokenize(sentences):
         row[:len(ids)] = torch.tensor(ids)
     return rows
 
-def tokens(scenes, saying=None):
+def say(scenes, saying=None):
     """Scenes (B, 5) -> tokens (B, 13), all in one saying or each in any."""
     sayings = ([saying] * len(scenes) if saying is not None else
                torch.randint(8, (len(scenes),)).tolist())
@@ -499,7 +499,7 @@ def train(run, learners, digits, labels, tests):
         for name, learner in learners.items():
             model = learner.model.eval()
             for kind, (images, scenes) in tests.items():
-                similarity = features(model, images) @ features(model, tokens(scenes, 0)).T
+                similarity = features(model, images) @ features(model, say(scenes, 0)).T
                 row[f"{name} R@1 {kind}"] = recall(similarity, 1).float().mean().item()
             row[f"{name} e^t"] = model.logit_scale.exp().item()
             model.train()
@@ -512,7 +512,7 @@ def train(run, learners, digits, labels, tests):
             parts = []
             for some in index.split(learner.batch_size):
                 images, scenes = sample_pairs(digits, labels, some, c.twins)
-                losses = learner.loss(images, tokens(scenes).to(run.device),
+                losses = learner.loss(images, say(scenes).to(run.device),
                                       number(scenes).to(run.device))
                 learner.step(losses, lr)
                 parts.append(torch.stack(losses).detach())
@@ -919,7 +919,7 @@ def main(argv=None):
     draw_training(run, plan)
     guess, results, ways = chance(count), {}, 1 if c.quick else 8
     for name, model in models.items():
-        sayings = [features(model, tokens(SCENES, k)) for k in range(ways)]
+        sayings = [features(model, say(SCENES, k)) for k in range(ways)]
         ensemble = F.normalize(torch.stack(sayings).mean(0), dim=1)
         encoded = {kind: features(model, views) for kind, (views, _) in tests.items()}
         results[name] = {f"{kind}{more}": evaluate(encoded[kind], texts, scenes)

@@ -250,11 +250,11 @@ def test_v_is_noise_in_other_words():
     bar = diffusion.alpha_bars[t].view(-1, 1, 1, 1)
     x_t = diffusion.q_sample(x0, t, noise)
     v = bar.sqrt() * noise - (1 - bar).sqrt() * x0
-    torch.testing.assert_close(diffusion.noise(v, x_t, t), noise)
+    torch.testing.assert_close(diffusion.to_eps(v, x_t, t), noise)
     off = v + 0.3
     simple, bound = diffusion.loss(fixed(off, share), x0, t, t, noise)
     torch.testing.assert_close(simple / bar.flatten(), torch.full_like(simple, 0.09))  # error of v
-    eps = diffusion.noise(off, x_t, t)
+    eps = diffusion.to_eps(off, x_t, t)
     expected = plain.loss(fixed(eps, share), x0, t, t, noise)
     torch.testing.assert_close((simple, bound), expected)
 

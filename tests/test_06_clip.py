@@ -63,13 +63,13 @@ def test_tokens_have_start_words_and_end():
     assert " ".join(words) == "a red three above a blue seven"
     assert row[0] == script.START and row[8:] == [script.END, 0, 0, 0, 0]
     assert all(script.CLIP(name).end == script.END for name in ("vit", "resnet"))  # looked for
-    book = torch.stack([script.tokens(script.SCENES, k) for k in range(8)], 1)
+    book = torch.stack([script.say(script.SCENES, k) for k in range(8)], 1)
     assert book.shape == (7200, 8, 13) and len(book.flatten(0, 1).unique(dim=0)) == 57600
     scene = [9, 1, 4, 5, 1]
     at = script.number(torch.tensor(scene))
     assert book[at].equal(script.tokenize([script.sentence(scene, k) for k in range(8)]))
     torch.manual_seed(0)
-    drawn = script.tokens(script.SCENES)  # each in any of its eight sayings
+    drawn = script.say(script.SCENES)  # each in any of its eight sayings
     fits = (book == drawn[:, None]).all(2)
     assert fits.sum(1).eq(1).all() and fits.sum(0).min() > 800
 
@@ -394,7 +394,7 @@ def batch(count=16):
     torch.manual_seed(0)
     pairs = digits()
     images, scenes = script.different_pairs(*pairs, count, False)
-    return images, script.tokens(scenes), script.number(scenes)
+    return images, script.say(scenes), script.number(scenes)
 
 
 @pytest.mark.parametrize("loss", ["clip", "itc"])
