@@ -303,11 +303,13 @@ def parse(argv=None):
     for name, text, _ in rules:
         kind, default = Config.__annotations__[name], getattr(Config, name)
         how = dict(action="store_true") if kind is bool else dict(type=kind, metavar=kind.__name__)
-        text += f" (default {default})" * (default not in ("", False))
+        text = text.replace("%", "%%") + f" (default {default})" * (default not in ("", False))
         parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     for name in PRESETS:
         if "--" + name.replace("_", "-") in (sys.argv if argv is None else argv):
             parser.set_defaults(**PRESETS[name])
+    for name in Config.__annotations__.keys() - {name for name, *_ in rules}:
+        parser.error(f"in Config {name} should look like its neighbors, name: type = value  # help")
     config = Config(**vars(parser.parse_args(argv)))
     for name, _, allowed in rules:
         value, (low, dots, high) = getattr(config, name), allowed.partition("..")
@@ -399,7 +401,7 @@ class Run:
 
     def __init__(self, config):
         self.config, self.settings, self.script = config, asdict(config), Path(__file__).stem
-        self.out, self.began, self.history = Path(config.out, self.script), time.time(), []
+        self.out, self.began, self.history = Path(config.out or "out", self.script), time.time(), []
         self.step, self.steps, self.rate, self.stopped = 0, 0, 0.0, False
         self.dataset = "data of your own"  # until data() says which
         has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
@@ -465,7 +467,12 @@ class Run:
                 text += f"{self.rate:.0f} images/s" + "".join(
                     f"  {k} {v:.4g}" for k, v in row.items())
                 width = shutil.get_terminal_size().columns - 1
-                print(f"\r{text[:width]:{width}}" if tty else text, end="\n" * due, flush=True)
+                text = f"\r{text if due else text[:width]:{width}}" if tty else text
+                try:
+                    print(text, end="\n" * due, flush=True)
+                except OSError:  # nobody reads on, or the disk is full: ends as after Ctrl-C
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                    self.stopped = True
         signal.signal(signal.SIGINT, before)
 
     def log(self, **terms):
@@ -522,7 +529,8 @@ class Run:
             missing = getattr(fault, "filename", None)
             odd = [fault.strerror if missing else "it is no whole checkpoint"]
         if odd:
-            raise SystemExit(f"--load {self.config.load} cannot be used: {', '.join(odd)}")
+            raise SystemExit(f"--load {self.config.load} cannot be used: {', '.join(odd)} "
+                             "(it wants the flags that it was trained with)")
 
     def finish(self, **results):
         """metrics.json and a last line. Returns the exit code: 130 after Ctrl-C, else 0."""
@@ -531,7 +539,8 @@ class Run:
                     images_per_second=self.rate, interrupted=self.stopped, settings=self.settings)
         text = json.dumps(kept, indent=1).encode()
         whole(self.out / "metrics.json", lambda file: file.write(text))
-        print(f"{kept['seconds'] / 60:.1f} minutes; pictures and files are in {self.out}")
+        print(f"{kept['seconds'] / 60:.1f} minutes; pictures and files are in {self.out}"
+              + " (--quick: too little training for the numbers to mean much)" * self.config.quick)
         return 130 if self.stopped else 0
 
 def launch(main):
@@ -541,6 +550,10 @@ def launch(main):
         stream.reconfigure(errors="replace")  # a path that the terminal cannot spell
     try:
         sys.exit(main())
+    except SystemExit as end:
+        if not isinstance(end.code, str):
+            raise
+        code, what = 1, end.code
     except KeyboardInterrupt:
         code, what = 130, "stopped; every file is whole, some may be those of an earlier run"
     except OSError as fault:

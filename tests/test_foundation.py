@@ -293,6 +293,30 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_closed_pipe_ends_training_as_ctrl_c_does(tmp_path):
+    script = SCRIPTS[0]
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(script), "--quick", "--data", "drawn", "--epochs", "100000"],
+        cwd=tmp_path, env=OFFLINE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 130 and process.stderr.read() == b""
+    metrics = json.loads((tmp_path / "out" / script.stem / "metrics.json").read_text())
+    assert metrics["interrupted"] and (tmp_path / "out" / script.stem / "model.pt").exists()
+
+
+def test_a_line_of_config_that_would_be_no_flag_is_named(tmp_path, capsys):
+    text = SCRIPTS[0].read_text(encoding="utf-8")
+    at = text.index("    seed: int")
+    for line, code, word in (("beta: float = 4.0  # weight, 50% is half [0..100]", 0, "50% is half"),
+                             ("beta: float = 4.0 # weight", 2, "beta")):
+        copy = tmp_path / "copy.py"
+        copy.write_text(f"{text[:at]}    {line}\n{text[at:]}", encoding="utf-8")
+        with pytest.raises(SystemExit) as end:
+            load_script(copy).parse(["--help"] if code == 0 else [])
+        assert end.value.code == code and word in "".join(capsys.readouterr())
+
+
 def test_launch_turns_foreseeable_faults_into_sentences(capsys):
     def raises(fault):
         def main():
@@ -302,7 +326,7 @@ def test_launch_turns_foreseeable_faults_into_sentences(capsys):
     for fault, code in ((OSError(28, "No space left on device", "x.png"), 1),
                         (torch.cuda.OutOfMemoryError("CUDA out of memory"), 1), (MemoryError(), 1),
                         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1),
-                        (KeyboardInterrupt(), 130)):
+                        (SystemExit("no good"), 1), (KeyboardInterrupt(), 130)):
         with pytest.raises(SystemExit) as end:
             first.launch(raises(fault))
         assert end.value.code == code
@@ -353,8 +377,9 @@ def test_in_a_terminal_one_line_is_rewritten_and_never_wider_than_it(tmp_path, c
         time.sleep(0.05)
         job.log(loss=torch.tensor(1.0), another=torch.tensor(2.0), third=torch.tensor(3.0))
     shown = capsys.readouterr().out
-    assert shown.count("\n") == 1 and 2 <= shown.count("\r") <= 5
-    assert all(len(line) <= 60 for line in re.split("[\r\n]", shown)) and "loss 1  " in shown
+    *passing, last = re.split("\r", shown.rstrip("\n"))
+    assert shown.count("\n") == 1 and 2 <= len(passing) <= 5 and "loss 1  " in shown
+    assert all(len(line) <= 60 for line in passing) and last.endswith("third 3")  # whole
 
 
 def test_drawn_digits_are_named_in_every_figure_and_in_the_metrics(tmp_path):
