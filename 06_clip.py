@@ -33,9 +33,9 @@ Expect  on two CPU cores 7 minutes; six pictures and weights in out/06_clip. On 
         the one with these exchanged, of two digits and colors that differ. Without twins no batch
         asks what is above what; they teach it, and new pairs find captions far more often, at the
         price of some digits. The ViT (5 epochs) would need more images.
-        --compare, 120,000 images each: R@1 of CLIP 18.0, of ITC 63.6 at batches of 32; 67.8 and
-        50.2 at batches of 256. The queue pays where batches are small; but with ITC exchanged
-        places stay a coin's toss: perhaps one twin counts little among 4,096 others.
+        --compare, 120,000 images each: R@1 of CLIP 18.8, of ITC 61.1 at batches of 32; 68.4 and
+        49.4 at batches of 256. The queue pays where batches are small; but with ITC exchanged
+        places stay near chance (58, 53%): perhaps one twin counts little among 4,096 others.
         Real MNIST, seed 0, two cores of an AMD EPYC, 2026-11-22.
 Try     easy: --load out/06_clip/model.pt --epochs 0 --prompt "a red zero above a blue two"
         medium: --twins 0, then --twins 0.1. How many are enough for "places exchanged"?
