@@ -428,3 +428,12 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         for a, b, c in zip(one, two, three):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
             assert b.equal(c)
+
+
+@pytest.mark.parametrize("T", [25, 50, 100, 1000, 4000])
+def test_nothing_is_left_of_the_image_at_the_end_of_a_chain_of_any_length(T):
+    alpha_bars = script.Diffusion(T).alpha_bars
+    assert len(alpha_bars) == T + 1 and alpha_bars[0] == 1 and 0 < alpha_bars[-1] < 1e-4
+    if T == 1000:  # the paper's 0.0001 to 0.02
+        torch.testing.assert_close(1 - alpha_bars[1].item(), 1e-4)
+        torch.testing.assert_close(1 - (alpha_bars[-1] / alpha_bars[-2]).item(), 0.02)

@@ -532,3 +532,10 @@ def test_both_losses_are_compared_and_a_prompt_is_answered(tmp_path, capsys):
     assert (tmp_path / "06_clip" / "prompts.png").exists()
     assert script.main([*flags, "--prompt", "a pink three"]) == 2
     assert "'pink' is unknown; the words are: a above" in capsys.readouterr().err
+
+
+def test_captions_that_are_equally_near_are_not_preferred():
+    scenes = script.SCENES[[14, 1507, 3330, 6001]]
+    results = script.evaluate(torch.ones(4, 1), torch.ones(7200, 1), scenes)
+    for name in ("digit", "color", "relation", "colors exchanged", "places exchanged"):
+        assert results[name] == 0, name
