@@ -5,12 +5,19 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the scripts, and before torch
+
+import matplotlib
 import pytest
 import torch
 
-torch.set_num_threads(1)  # in many small steps two threads on one free core wait for each other
+matplotlib.use("Agg")
+torch.set_num_threads(1)  # two threads on one free core would wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("[0-9][0-9]_*.py"))
+PLUMBING = "# ---- Plumbing: data and files, the same in every script"
+SECOND = [path for path in SCRIPTS if PLUMBING in path.read_text(encoding="utf-8")]
+FIRST = [path for path in SCRIPTS if path not in SECOND]  # still in the style of the first edition
 
 
 def load_script(path):
@@ -29,3 +36,11 @@ def real_data():
     if not folder:
         pytest.skip("the real MNIST is not here: set MNIST_DIR to the folder of its four files")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    """The scripts leave their figures open, so that a notebook shows them."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
