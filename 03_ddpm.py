@@ -12,7 +12,16 @@ Sources  DDPM: Denoising Diffusion Probabilistic Models, Ho, Jain, Abbeel, arXiv
          DDIM: Denoising Diffusion Implicit Models, Song, Meng, Ermon, arXiv:2010.02502
          text: 拡散モデルの理論, sections 8.2-8.4; ex. and eq. 5.x: 第5章 演習問題の解答
 Run      python 03_ddpm.py    (--quick for a smoke test, --help for the settings)
-Expect   EXPECT
+Expect   8 minutes on two CPU cores; L_simple 0.0231, the bound 2.04 bits/dim, and four pictures.
+         1,000 samples, judged by a classifier that knows 99.7% of the real test digits:
+                                              over 95% sure   Fréchet distance
+         this file: DDIM, 50 steps, η = 1.9         85%              65
+         the same with η = 0                        72%             152
+         1,000 real test images                     99%               6
+         η = 1.9 is not textbook: more noise than DDPM's repairs errors of the network. In runs
+         of 3 epochs, in %: Algorithm 2 65; η = 0 59, 1.9 78 (other seed 76). With η = 1.9 and
+         averaged weights 77, v-prediction 79, t from Beta(1.5, 2.3) 81 (78): not worth a line.
+         (Real MNIST, seed 0, AMD EPYC, 2026-11-24.)
 Read     Start with `Diffusion` and `train`: `train` is Algorithm 1, `sample` is Algorithm 2.
 Try      easy: --epochs 0 --load out/03_ddpm/model.pt --out out/try --ddim-steps 10 (or 5, or 0).
          medium: other values of `eta` in `main`; at how many steps does 0 beat 1.9?
@@ -30,7 +39,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads do not block the cores
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads soon leave the cores to others
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # a Mac's GPU lacks some operations
 import matplotlib.pyplot as plt
 import numpy as np
@@ -48,7 +57,7 @@ def get_args(argv=None):
     add("--out", default="out", help="parent folder; results go to its subfolder 03_ddpm")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--seed", type=int, default=0, help="equal seeds give equal numbers on one machine")
-    add("--epochs", type=int, default=4, help="passes over the training images")
+    add("--epochs", type=int, default=8, help="passes over the training images")
     add("--batch-size", type=int, default=32, help="images per step")
     add("--lr", type=float, default=2e-3, help="initial learning rate")
     add("--train-size", type=int, default=60000, help="number of training images")

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the scripts, and before torch
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the scripts, and before torch
 
 import matplotlib
 import pytest
