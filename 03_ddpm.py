@@ -75,7 +75,7 @@ def get_args(argv=None):
     if min(positive) <= 0 or min(args.epochs, args.ddim_steps) < 0 or args.samples % 10:
         parser.error("--epochs and --ddim-steps must be at least 0, --T at least 25, --samples "
                      "a multiple of 10, --batch-size, --lr and --train-size more than 0")
-    args.out = os.path.join(args.out, "03_ddpm")
+    args.out += "/03_ddpm"
     return args
 
 
@@ -300,7 +300,6 @@ def main(argv=None):
         print("Training stopped early; evaluating and saving the current model.")
     save_model(args, model)
     bound = plot_bound(args, diffusion, model, scale(test_images[:16]).to(device))
-    print(f"bound on -log p(x), 16 test images: {bound:.2f} bits/dim (uniform pixels: 8)")
     plot_training(args, history, snapshots)
     x_T = torch.randn(args.samples, 1, 28, 28).to(device)
     plot_chain(args, diffusion, model, x_T[:5])
@@ -309,7 +308,8 @@ def main(argv=None):
     else:
         samples = diffusion.sample(model, x_T)
     save_samples(args, samples)
-    save_metrics(args, {"bits_per_dim": bound}, history, source, began)
+    results = {"bound in bits/dim (uniform pixels: 8)": bound}
+    save_metrics(args, results, history, source, began)
 
 
 def plot_training(args, history, snapshots):
@@ -358,16 +358,13 @@ def save_samples(args, samples):
 
 
 # ---- Plumbing: data and files, the same in every script ----------------------------
-MIRRORS = [
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "https://storage.googleapis.com/cvdf-datasets/mnist/"
-]
+MIRRORS = ["https://ossci-datasets.s3.amazonaws.com/mnist/",
+           "https://storage.googleapis.com/cvdf-datasets/mnist/"]
 MNIST = {  # file name: SHA-256 of its unzipped content
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"
-}
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
 
 
 def pick_device(name):
@@ -406,17 +403,16 @@ def read_idx(path, may_download):
         if path.suffix == ".gz":
             content = gzip.decompress(content)
         shape = np.frombuffer(content, ">i4", content[3], 4)
-        array = np.frombuffer(content, np.uint8)[4 + 4 * len(shape) :]
+        array = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
         return torch.tensor(array.reshape(shape))
     except Exception as error:
         sys.exit(f"cannot read {path}: {error}; delete or replace it")
 
 
 def load_data(args):
-    """Returns train images and labels, test images and labels, and where they come from.
+    """Returns images uint8 (N, 28, 28) and labels (N,) to train and to test, and their source.
 
-    Images are uint8 (N, 28, 28), labels int64 (N,) from 0 to 9. Without --data, MNIST is read
-    from $MNIST_DIR or data/mnist, else downloaded; if that fails, digits are drawn instead.
+    Without --data it reads MNIST from $MNIST_DIR or data/mnist, or downloads it, or draws digits.
     """
     source = args.data or os.environ.get("MNIST_DIR", "data/mnist")
     try:
@@ -444,8 +440,7 @@ def draw_characters(count, seed, characters="0123456789"):
     labels = torch.randint(len(characters), [count], generator=random)
     affine = torch.eye(2, 3) + 0.15 * torch.randn(count, 2, 3, generator=random)
     grid = F.affine_grid(affine, (count, 1, 28, 28), align_corners=False)
-    images = F.grid_sample(glyphs[labels], grid, align_corners=False)
-    return images[:, 0].byte(), labels
+    return F.grid_sample(glyphs[labels], grid, align_corners=False)[:, 0].byte(), labels
 
 
 def progress(step, steps, began, losses):
@@ -488,7 +483,8 @@ def save_model(args, model):
 
 
 def save_metrics(args, results, history, source, began):
-    """Writes metrics.json and says where the results are."""
+    """Prints the results, writes metrics.json, and says where the files are."""
+    print(json.dumps(results, indent=1))
     seconds = time.time() - began
     metrics = {"results": results, "settings": vars(args), "data": source, "history": history,
                "seconds": seconds, "torch": torch.__version__}
