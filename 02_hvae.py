@@ -30,7 +30,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads soon leave the cores to others
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting OpenMP threads soon give up their core
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -46,12 +46,12 @@ def get_args(argv=None):
     add("--data", default="", help='folder of the four MNIST files, or "drawn"')
     add("--out", default="out", help="parent folder; results go to its subfolder 02_hvae")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
-    add("--seed", type=int, default=0, help="equal seeds give equal numbers on one machine")
+    add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
     add("--epochs", type=int, default=10, help="passes over the training images, for each model")
     add("--batch-size", type=int, default=128, help="images per step")
     add("--lr", type=float, default=4e-3, help="initial learning rate")
     add("--train-size", type=int, default=60000, help="number of training images")
-    add("--load", default="", help="a model.pt to start from; --epochs 0 only evaluates it")
+    add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
     add("--quick", action="store_true", help="smoke test: run everything once on 512 images")
     add("--as-printed", action="store_true", help="only the text's model, with its settings")
     add("--latent-dim", type=int, default=20, help="size of z1 and of z2")
@@ -74,7 +74,7 @@ def gaussian_log_density(x, mu, logvar):
 
 
 def gaussian_kl(mu, logvar, prior_mu, prior_logvar):
-    """KL(N(μ, σ²) ‖ N(prior μ, prior σ²)) of each element, in nats (text C.3 for prior σ² = 1)."""
+    """KL(N(μ, σ²) ‖ N(prior μ, prior σ²)) of each element, in nats (text C.3: prior σ² = 1)."""
     ratio = logvar - prior_logvar
     return 0.5 * (ratio.exp() - 1 - ratio + (mu - prior_mu).square() * (-prior_logvar).exp())
 
@@ -84,14 +84,16 @@ def reparameterize(mu, logvar):
     return mu + (0.5 * logvar).exp() * torch.randn_like(mu)
 
 
-def mlp(d_in, d_out, as_printed):
-    """(N, d_in) -> (N, d_out) with one hidden layer."""
-    hidden, activation = (100, nn.ReLU()) if as_printed else (512, nn.SiLU())
-    return nn.Sequential(nn.Linear(d_in, hidden), activation, nn.Linear(hidden, d_out))
+def mlp(sizes, activation):
+    """A network of linear layers, (N, sizes[0]) -> (N, sizes[-1]), with activations in between."""
+    layers = []
+    for d_in, d_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(d_in, d_out), activation]
+    return nn.Sequential(*layers[:-1])
 
 
 def gaussian(parameters):
-    """What a network returns, (N, 2 d) -> mean and log-variance of a Gaussian, each (N, d)."""
+    """Splits a network's output (N, 2 d) into mean and log-variance of a Gaussian, each (N, d)."""
     mu, logvar = parameters.chunk(2, 1)
     return mu, logvar.clamp(-20, 20)  # exp(logvar) neither underflows nor overflows
 
@@ -102,13 +104,16 @@ class TwoLevelVAE(nn.Module):
     def __init__(self, latent_dim=20, learn_sigma=True, level1="sampled", levels=2, as_printed=False):
         super().__init__()
         self.learn_sigma = learn_sigma  # False: p(x | z1) and p(z1 | z2) have variance 1
-        self.level1 = level1  # the estimate to train with, "sampled" or "closed_form"
+        self.level1 = level1  # how to train the cost of level 1: "sampled" or "closed_form"
         self.levels = levels
-        self.encoder1 = mlp(784, 2 * latent_dim, as_printed)  # q(z1 | x)
-        self.encoder2 = mlp(latent_dim, 2 * latent_dim, as_printed)  # q(z2 | z1)
+        activation = nn.ReLU() if as_printed else nn.SiLU()
+        hidden1, hidden2 = ([100], [100]) if as_printed else ([512], [256, 256])
         d_prior = 2 * latent_dim if learn_sigma else latent_dim
-        self.decoder2 = mlp(latent_dim, d_prior, as_printed)  # p(z1 | z2)
-        self.decoder1 = nn.Sequential(mlp(latent_dim, 784, as_printed), nn.Sigmoid())  # x̂(z1)
+        self.encoder1 = mlp([784, *hidden1, 2 * latent_dim], activation)  # q(z1 | x)
+        self.encoder2 = mlp([latent_dim, *hidden2, 2 * latent_dim], activation)  # q(z2 | z1)
+        self.decoder2 = mlp([latent_dim, *hidden2, d_prior], activation)  # p(z1 | z2)
+        decoder1 = mlp([latent_dim, *hidden1, 784], activation)
+        self.decoder1 = nn.Sequential(decoder1, nn.Sigmoid())  # x̂(z1), the mean of p(x | z1)
         logvar = torch.tensor(2 * math.log(0.3) if learn_sigma else 0.0)
         self.logvar = nn.Parameter(logvar, requires_grad=learn_sigma)  # log σ² of p(x | z1)
 
@@ -119,7 +124,7 @@ class TwoLevelVAE(nn.Module):
         return self.decoder2(z2), torch.zeros_like(z2)
 
     def elbo(self, x, level1="sampled"):
-        """J1, and a list of what each level costs, in nats (N,); ELBO = J1 - the sum of the list."""
+        """Returns J1 (N,) and [-J3, -J2], the costs of levels 1 and 2, each (N,), all in nats."""
         mu1, logvar1 = gaussian(self.encoder1(x))
         z1 = reparameterize(mu1, logvar1)
         J1 = gaussian_log_density(x, self.decoder1(z1), self.logvar).sum(1)
@@ -131,7 +136,7 @@ class TwoLevelVAE(nn.Module):
             cost1 = gaussian_log_density(z1, mu1, logvar1) - gaussian_log_density(z1, *prior)
         else:  # KL(q(z1 | x) ‖ p(z1 | z2)), text C.3 item 3: fault 2
             cost1 = gaussian_kl(mu1, logvar1, *prior)
-        cost2 = gaussian_kl(mu2, logvar2, 0 * z1, 0 * z1)  # -J2
+        cost2 = gaussian_kl(mu2, logvar2, 0 * z1, 0 * z1)  # -J2: KL(q(z2 | z1) ‖ p(z2))
         return J1, [cost1.sum(1), cost2.sum(1)]
 
     def sample(self, z):
@@ -174,7 +179,7 @@ def train(args, model, images, test_x, history):
 
 @torch.no_grad()
 def evaluate(model, x):
-    """ELBO and the costs of the levels on images x (N, 784), in nats, by the exact estimate."""
+    """The ELBO and the cost of each level, means over images x (N, 784), in nats."""
     J1, costs = model.elbo(x)
     levels = {f"level {i}": cost.mean().item() for i, cost in enumerate(costs, 1)}
     return {"ELBO": (J1 - sum(costs)).mean().item(), **levels}
@@ -187,20 +192,15 @@ def main(argv=None):
     device = pick_device(args.device)
     os.makedirs(args.out, exist_ok=True)
     images, _, test_images, _, source = load_data(args)
-    images = images.to(device)
     x = scale(test_images).to(device)
-    settings = {
-        "fixed": {},
-        "one level": {"levels": 1},
-        "closed form": {"level1": "closed_form"},
-        "sigma 1": {"learn_sigma": False},
-        "sigma 1, closed form": {"learn_sigma": False, "level1": "closed_form"},
-    }
+    settings = {"fixed": {}, "one level": {"levels": 1}, "closed form": {"level1": "closed_form"},
+                "sigma 1": {"learn_sigma": False},
+                "sigma 1, closed form": {"learn_sigma": False, "level1": "closed_form"}}
     if args.as_printed:
         settings = {"as printed": {**settings["sigma 1, closed form"], "as_printed": True}}
     models = nn.ModuleDict()
     for name in settings:
-        torch.manual_seed(args.seed)  # so that no model depends on the others
+        torch.manual_seed(args.seed)  # so that no model depends on those before it
         models[name] = TwoLevelVAE(args.latent_dim, **settings[name]).to(device)
     if args.load:
         load_weights(args, models)
@@ -209,19 +209,22 @@ def main(argv=None):
         for name, model in models.items():
             print(f"model: {name}")
             torch.manual_seed(args.seed)
-            train(args, model, images, x[:1000], history[name])
+            train(args, model, images.to(device), x[:1000], history[name])
     except KeyboardInterrupt:
         print("Training stopped early; evaluating and saving the current models.")
     save_model(args, models)
-    results = {name: evaluate(model, x) for name, model in models.items()}
+    results = {}
+    for name, model in models.items():
+        torch.manual_seed(args.seed)
+        results[name] = evaluate(model, x)
     with torch.no_grad():
-        plot_levels(args, next(iter(models.values())), x[:10])
-        plot_samples(args, models, torch.randn(1000, args.latent_dim).to(device))
+        plot_images(args, models, x[:10])
     save_metrics(args, results, history, source, began)
 
 
-def plot_levels(args, model, x):
-    """What z1 keeps of test images x, what z2 keeps, and draws of z1 given that z2."""
+def plot_images(args, models, x):
+    """What the levels of the first model keep of images x; samples of each model, also as .npz."""
+    model = next(iter(models.values()))
     mu1, _ = gaussian(model.encoder1(x))
     mu2, _ = gaussian(model.encoder2(mu1))
     prior = model.prior(mu2)
@@ -231,10 +234,7 @@ def plot_levels(args, model, x):
     title = "rows: x; what z1 keeps; what z2 keeps; four draws of z1 from p(z1 | z2)"
     show_grid(axes, torch.cat(rows).view(-1, 1, 28, 28), len(x), title)
     plt.savefig(f"{args.out}/levels.png")
-
-
-def plot_samples(args, models, z):
-    """Images of z (N, latent_dim) by each model; samples.npz holds them by the model's name."""
+    z = torch.randn(1000, args.latent_dim).to(x)
     _, axes = plt.subplots(len(models), 1, figsize=(9, 10), squeeze=False, layout="constrained")
     pixels = {}
     for axis, (name, model) in zip(axes[:, 0], models.items()):
@@ -275,7 +275,7 @@ def download(path):
             if hashlib.sha256(gzip.decompress(content)).hexdigest() == MNIST[path.stem]:
                 os.makedirs(path.parent, exist_ok=True)
                 Path(f"{path}.part").write_bytes(content)
-                return Path(f"{path}.part").rename(path)  # a partial file never counts
+                return Path(f"{path}.part").rename(path)  # so that no partial file has that name
         except Exception as error:
             print(error)
 
@@ -333,9 +333,9 @@ def draw_characters(count, seed, characters="0123456789"):
 
 def progress(step, steps, began, losses):
     """Prints a progress line; stops the run if a loss is not finite."""
-    seconds = (time.time() - began) * (steps / step - 1)
+    remaining = (time.time() - began) * (steps / step - 1)
     values = [f"{name} {value:.4f}" for name, value in losses.items()]
-    print(f"step {step}/{steps}  {seconds / 60:.1f} min left ", *values, flush=True)
+    print(f"step {step}/{steps}  {remaining / 60:.1f} min left ", *values, flush=True)
     if not math.isfinite(sum(losses.values())):
         sys.exit("The loss is not finite; try a lower --lr. No file has been changed.")
 

@@ -93,6 +93,14 @@ def test_extreme_variances_stay_finite(logvar):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_log_variances_are_left_alone_from_minus_20_to_20():
+    model = script.VAE(latent_dim=2)
+    model.encoder[-1].weight.data.zero_()
+    model.encoder[-1].bias.data = torch.tensor([100.0, -100.0, 19.5, -19.5])
+    mu, logvar = model.encode(torch.rand(1, 784))
+    assert mu.tolist() == [[100, -100]] and logvar.tolist() == [[19.5, -19.5]]
+
+
 def test_reparameterization_has_the_gradient_of_the_expectation():
     torch.manual_seed(0)
     mu, logvar = torch.tensor([0.7], requires_grad=True), torch.tensor([-0.4], requires_grad=True)
@@ -152,7 +160,7 @@ def test_learned_sigma_is_at_rest_where_it_equals_the_error():
 def test_another_density_of_a_pixel_is_one_function(monkeypatch):
     # A Laplace density in place of the Gaussian: every number that depends on it follows.
     monkeypatch.setattr(script, "pixel_log_density",
-                        lambda x, x_hat, logvar: -(x - x_hat).abs() * 2)  # log of the density 1
+                        lambda x, x_hat, logvar: -2 * (x - x_hat).abs())
     torch.manual_seed(0)
     model, x = script.VAE(latent_dim=2), torch.rand(8, 784)
     torch.manual_seed(1)
@@ -239,7 +247,7 @@ def test_training_is_adam_on_the_elbo_with_a_cosine_or_the_books_constant_rate(b
     for _ in range(3):
         for batch in torch.randperm(40).split(16):  # 16, 16 and 8 images
             x = images[batch].flatten(1).double() / 255
-            rows.append((-(w * x.sum(1)).mean() - w ** 2, w ** 2))
+            rows.append((-(w * x.sum(1)).mean(), w ** 2))
             gradient = x.sum(1).mean() + 2 * w  # of KL - reconstruction
             step += 1
             m = 0.9 * m + 0.1 * gradient
@@ -248,7 +256,7 @@ def test_training_is_adam_on_the_elbo_with_a_cosine_or_the_books_constant_rate(b
             w = w - lr * (m / (1 - 0.9 ** step)) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8)
     assert model.w.item() == pytest.approx(w.item(), rel=1e-4)
     assert [row["step"] for row in history] == list(range(1, 10))
-    assert [row["ELBO"] for row in history] == pytest.approx([r.item() for r, _ in rows], rel=1e-4)
+    assert [row["reconstruction"] for row in history] == pytest.approx([r.item() for r, _ in rows], rel=1e-4)
     assert [row["KL"] for row in history] == pytest.approx([k.item() for _, k in rows], rel=1e-4)
 
 
@@ -257,6 +265,19 @@ def test_each_epoch_sees_each_image_once_in_a_new_order():
     train(model, images, "--epochs", "2", "--batch-size", "7")
     seen = (torch.cat(model.asked)[:, 0] * 255).round().long().tolist()
     assert sorted(seen[:50]) == sorted(seen[50:]) == list(range(50)) and seen[:50] != seen[50:]
+
+
+def test_the_last_step_is_reported_too():
+    history = train(Scalar(), torch.zeros(46, 2, 2, dtype=torch.uint8), "--epochs", "1",
+                    "--batch-size", "1")
+    assert [row["step"] for row in history] == [*range(3, 46, 3), 46]
+
+
+def test_default_settings():
+    args = script.get_args([])
+    assert (args.epochs, args.batch_size, args.lr) == (12, 128, 4e-3)
+    assert (args.latent_dim, args.sigma, args.book, args.train_size) == (20, 0, False, 60000)
+    assert script.VAE().logvar.item() == pytest.approx(2 * math.log(0.3))
 
 
 def test_two_phases_of_training_both_train():
@@ -272,7 +293,18 @@ def test_results_are_means_over_the_test_images(tmp_path, monkeypatch, capsys):
     labels = torch.zeros(600, dtype=torch.long)
     monkeypatch.setattr(script, "load_data", lambda args: (white, labels, black, labels, "mine"))
     models, asked = [], []
-    evaluate = script.evaluate
+    evaluate, train, others = script.evaluate, script.train, []
+
+    def spy_train(args, model, images, history):
+        assert (images == 255).all() and images.shape == (600, 28, 28)  # training images
+        train(args, model, images, history)
+
+    monkeypatch.setattr(script, "train", spy_train)
+    for name in ("plot_training", "plot_images"):  # on test images
+        def plot(args, model, x, *more, real=getattr(script, name)):
+            others.append((model, x))
+            real(args, model, x, *more)
+        monkeypatch.setattr(script, name, plot)
 
     def spy(model, x):
         models.append(model)
@@ -283,7 +315,9 @@ def test_results_are_means_over_the_test_images(tmp_path, monkeypatch, capsys):
     script.main(["--quick", "--out", str(tmp_path), "--device", "cpu", "--latent-dim", "3"])
     (model,), (x,) = models, asked
     assert x.shape == (600, 784) and not x.any()
+    assert len(others) == 2 and all(m is model and images is x for m, images in others)
     out = tmp_path / "01_vae"
+    assert {path.name for path in out.glob("*.png")} == {"training.png", "images.png"}
     saved = torch.load(out / "model.pt", weights_only=True)["weights"]
     assert all(weight.equal(saved[name]) for name, weight in model.state_dict().items())
     results = json.loads((out / "metrics.json").read_text())["results"]
@@ -303,6 +337,18 @@ def test_results_are_means_over_the_test_images(tmp_path, monkeypatch, capsys):
     assert results["squared error"] == pytest.approx(squares, rel=0.05)
     assert results["importance-weighted bound"] == pytest.approx(IW, abs=spread)
     assert results["ELBO"] < results["importance-weighted bound"]
+
+
+@pytest.mark.parametrize("flags, shape, logvar", [
+    ([], (1000, 784), None), (["--book"], (200, 784), 0.0),
+    (["--sigma", "0.5"], (1000, 784), 2 * math.log(0.5)),
+    (["--latent-dim", "7"], (1000, 784), None)])
+def test_flags_reach_the_model(flags, shape, logvar, tmp_path):
+    script.main(["--quick", "--data", "drawn", "--epochs", "0", "--out", str(tmp_path), *flags])
+    weights = torch.load(tmp_path / "01_vae" / "model.pt", weights_only=True)["weights"]
+    assert weights["encoder.0.weight"].shape == shape
+    assert weights["encoder.2.weight"].shape[0] == (14 if "7" in flags else 40)
+    assert weights["logvar"].item() == pytest.approx(2 * math.log(0.3) if logvar is None else logvar)
 
 
 @pytest.fixture
@@ -355,7 +401,8 @@ def test_latents_that_are_in_use_are_counted(tmp_path):
     model, x = script.VAE(5), torch.rand(20, 784)
     mu = torch.tensor([0.0, 2.0, 0.1, 0.2, 0.0])  # KL ½ μ²: 0, 2, 0.005, 0.02, 0
     model.encode = lambda x: (mu.expand(len(x), 5), torch.zeros(len(x), 5))
-    history = [{"step": 1, "ELBO": -5.0, "KL": 2.0}, {"step": 2, "ELBO": -3.0, "KL": 1.0}]
+    history = [{"step": 1, "reconstruction": -5.0, "KL": 2.0},
+               {"step": 2, "reconstruction": -3.0, "KL": 1.0}]
     script.plot_training(args, model, x, history)
     first, second, bars = plt.gcf().axes
     assert first.lines[0].get_xydata().tolist() == [[1, -5], [2, -3]]

@@ -106,6 +106,9 @@ def test_elbo_terms_are_explicit_log_densities_with_all_constants(learn_sigma, l
     p1 = Normal(prior_mu, (prior_logvar / 2).exp())
     p = Normal(model.decoder1(z1), 0.3 if learn_sigma else 1.0)
     torch.testing.assert_close(J1, p.log_prob(x).sum(1), rtol=1e-6, atol=1e-4)
+    torch.manual_seed(1)
+    torch.testing.assert_close(script.TwoLevelVAE.elbo(model, x)[1][0],  # the default is at the pair
+                               (q1.log_prob(z1) - p1.log_prob(z1)).sum(1))
     torch.testing.assert_close(cost2, kl_divergence(q2, Normal(0.0, 1.0)).sum(1))
     at_pair, closed = q1.log_prob(z1) - p1.log_prob(z1), kl_divergence(q1, p1)
     torch.testing.assert_close(cost1, (at_pair if level1 == "sampled" else closed).sum(1))
@@ -207,6 +210,11 @@ def test_extreme_variances_stay_finite(logvar):
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_log_variances_are_left_alone_from_minus_20_to_20():
+    mu, logvar = script.gaussian(torch.tensor([[100.0, -100.0, 19.5, -19.5]]))
+    assert mu.tolist() == [[100, -100]] and logvar.tolist() == [[19.5, -19.5]]
+
+
 def test_as_printed_flag_is_the_texts_network_and_settings():
     args = script.get_args(["--as-printed"])
     assert (args.epochs, args.batch_size, args.lr) == (30, 32, 1e-3)
@@ -215,7 +223,8 @@ def test_as_printed_flag_is_the_texts_network_and_settings():
     shapes = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear)]
     assert shapes == [(100, 784), (40, 100), (100, 20), (40, 100),  # two encoders, μ and log σ²
                       (100, 20), (20, 100), (100, 20), (784, 100)]  # decoder 2, decoder 1
-    assert sum(isinstance(m, nn.ReLU) for m in model.modules()) == 4
+    nets = model.encoder1, model.encoder2, model.decoder2, model.decoder1[0]
+    assert all([type(m) for m in net] == [nn.Linear, nn.ReLU, nn.Linear] for net in nets)
     assert isinstance(model.decoder1[-1], nn.Sigmoid)
 
 
@@ -292,6 +301,22 @@ def test_each_epoch_sees_each_image_once_in_a_new_order():
     seen = torch.cat([x for x, _, grad in model.asked if grad])
     seen = (seen[:, 0] * 255).round().long().tolist()
     assert sorted(seen[:50]) == sorted(seen[50:]) == list(range(50)) and seen[:50] != seen[50:]
+
+
+def test_the_last_step_is_reported_too():
+    history = train(Scalar(), torch.zeros(46, 2, 2, dtype=torch.uint8), torch.rand(3, 4),
+                    "--epochs", "1", "--batch-size", "1")
+    assert [row["step"] for row in history] == [*range(3, 46, 3), 46]
+
+
+def test_default_settings_and_networks():
+    args = script.get_args([])
+    assert (args.epochs, args.batch_size, args.lr) == (10, 128, 4e-3)
+    assert (args.latent_dim, args.as_printed, args.train_size) == (20, False, 60000)
+    shapes = [tuple(m.weight.shape) for m in script.TwoLevelVAE().modules()
+              if isinstance(m, nn.Linear)]
+    assert shapes == [(512, 784), (40, 512), (256, 20), (256, 256), (40, 256),  # the encoders
+                      (256, 20), (256, 256), (40, 256), (512, 20), (784, 512)]  # the decoders
 
 
 def test_two_phases_of_training_both_train():
@@ -383,6 +408,16 @@ def test_results_do_not_depend_on_the_other_models(tmp_path, monkeypatch):
                    for name, value in all_five["fixed"].state_dict().items())
 
 
+def test_pictures_are_drawn_from_test_images(tmp_path, monkeypatch):
+    asked, plot = [], script.plot_images
+    monkeypatch.setattr(script, "plot_images", lambda *values: asked.append(values) or plot(*values))
+    models, out = run(tmp_path, monkeypatch, "--latent-dim", "3", "--epochs", "0")
+    (_, drawn, x), = asked
+    assert drawn is models and x.shape == (10, 784) and (x == 1).all()
+    assert models["fixed"].encoder1[-1].weight.shape == (6, 512)
+    assert {path.name for path in out.glob("*.png")} == {"levels.png", "samples.png"}
+
+
 def test_as_printed_is_one_model(tmp_path, monkeypatch):
     models, out = run(tmp_path, monkeypatch, "--as-printed")
     (name, model), = models.items()
@@ -400,39 +435,39 @@ def grids(monkeypatch):
     return seen
 
 
-def test_samples_of_every_model_are_drawn_and_saved(tmp_path, grids):
+def test_pictures_show_what_the_levels_keep_and_samples_of_every_model(tmp_path, grids):
     args = script.get_args(["--out", str(tmp_path), "--latent-dim", "3"])
     (tmp_path / "02_hvae").mkdir()
     torch.manual_seed(0)
     models = nn.ModuleDict({"a": script.TwoLevelVAE(3), "b": script.TwoLevelVAE(3, levels=1)})
-    z = torch.randn(1000, 3)
+    model, x = models["a"], torch.rand(10, 784)
+    asked, sample = [], script.TwoLevelVAE.sample
+    for one in models.values():
+        one.sample = lambda z, one=one: asked.append(z) or sample(one, z)
+    torch.manual_seed(2)
     with torch.no_grad():
-        script.plot_samples(args, models, z)
-        expected = models["b"].decoder1(z)
-    saved = np.load(tmp_path / "02_hvae" / "samples.npz")
-    assert set(saved) == {"a", "b"} and saved["a"].dtype == np.uint8
-    assert saved["b"].tolist() == (expected * 255).round().byte().view(-1, 28, 28).tolist()
-    assert saved["a"].tolist() != saved["b"].tolist()
-    assert [title.split()[-1] for *_, title in grids] == ["a", "b"]
-    torch.testing.assert_close(grids[1][0].view(40, 784), expected[:40])
-
-
-def test_levels_show_what_z1_and_z2_keep(tmp_path, grids):
-    args = script.get_args(["--out", str(tmp_path)])
-    (tmp_path / "02_hvae").mkdir()
-    torch.manual_seed(0)
-    model, x = script.TwoLevelVAE(3), torch.rand(10, 784)
-    with torch.no_grad():
-        script.plot_levels(args, model, x)
+        script.plot_images(args, models, x)
         mu1 = model.encoder1(x)[:, :3]
         mu2 = model.encoder2(mu1)[:, :3]
         mean, logvar = model.decoder2(mu2).chunk(2, 1)
-    (images, columns, _), = grids
+        expected = models["b"].decoder1(asked[1])
+    (images, columns, _), *samples = grids
     rows = images.view(7, 10, 784)
     assert columns == 10 and rows[0].equal(x)
     torch.testing.assert_close(rows[1], model.decoder1(mu1).detach())
     torch.testing.assert_close(rows[2], model.decoder1(mean).detach())
-    assert not rows[3].allclose(rows[4]) and not rows[3].allclose(rows[2])
+    torch.manual_seed(2)
+    for row in rows[3:]:  # draws of z1 from p(z1 | z2)
+        z1 = mean + (logvar / 2).exp() * torch.randn(10, 3)
+        torch.testing.assert_close(row, model.decoder1(z1).detach())
+    assert asked[0] is asked[1] and asked[0].shape == (1000, 3)
+    assert abs(asked[0].mean()) < 0.06 and abs(asked[0].std() - 1) < 0.05
+    saved = np.load(tmp_path / "02_hvae" / "samples.npz")
+    assert set(saved) == {"a", "b"} and saved["a"].dtype == np.uint8
+    assert saved["b"].tolist() == (expected * 255).round().byte().view(-1, 28, 28).tolist()
+    assert saved["a"].tolist() != saved["b"].tolist()
+    assert [title.split()[-1] for *_, title in samples] == ["a", "b"]
+    torch.testing.assert_close(samples[1][0].view(40, 784), expected[:40])
 
 
 def test_default_run_uses_both_levels_on_the_real_digits(real_data, tmp_path, monkeypatch):
@@ -444,7 +479,7 @@ def test_default_run_uses_both_levels_on_the_real_digits(real_data, tmp_path, mo
 
     monkeypatch.setattr(script, "train", only_two)
     script.main(["--data", str(real_data), "--out", str(tmp_path), "--device", "cpu",
-                 "--train-size", "10000", "--epochs", "4"])
+                 "--train-size", "10000", "--epochs", "6"])
     results = json.loads((tmp_path / "02_hvae" / "metrics.json").read_text())["results"]
     assert results["fixed"]["level 2"] > 4
     assert results["fixed"]["ELBO"] > results["one level"]["ELBO"] + 5 > 0

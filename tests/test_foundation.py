@@ -183,8 +183,9 @@ def test_an_interrupted_training_is_evaluated_drawn_and_saved(script, tmp_path, 
 
 def test_ctrl_c_in_a_terminal(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, str(SECOND[0]), "--quick", "--data", "drawn", "--epochs", "30"],
-        cwd=tmp_path, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        [sys.executable, str(SECOND[0]), "--quick", "--data", "drawn", "--epochs", "300"],
+        cwd=tmp_path, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # as in a terminal
     while not process.stdout.readline().startswith("step"):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
