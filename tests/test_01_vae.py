@@ -330,7 +330,7 @@ def test_results_are_means_over_the_test_images(tmp_path, monkeypatch, capsys):
         mu, logvar = model.encode(x)
         squares = torch.stack([(x - model.decode(script.reparameterize(mu, logvar))).square().sum(1)
                                for _ in range(20)]).mean().item()
-        IW = torch.stack([model.importance_bound(x, 100) for _ in range(5)]).mean().item()
+        IW = model.importance_bound(x[:100], 100).mean().item()
     assert results["KL"] == pytest.approx(terms[0][1].mean().item(), rel=1e-5)
     spread = max(bounds) - min(bounds)
     assert results["ELBO"] == pytest.approx(sum(bounds) / 20, abs=2 * spread)
@@ -349,6 +349,17 @@ def test_flags_reach_the_model(flags, shape, logvar, tmp_path):
     assert weights["encoder.0.weight"].shape == shape
     assert weights["encoder.2.weight"].shape[0] == (14 if "7" in flags else 40)
     assert weights["logvar"].item() == pytest.approx(2 * math.log(0.3) if logvar is None else logvar)
+
+
+def test_the_bound_is_that_of_500_images_with_100_draws():
+    model, asked = script.VAE(2), []
+    model.importance_bound = lambda x, K: asked.append((x, K)) or torch.arange(len(x)) * 1.0
+    x = torch.rand(700, 784)
+    with torch.no_grad():
+        results = script.evaluate(model, x)
+    (images, K), = asked
+    assert images.equal(x[:500]) and K == 100
+    assert results["importance-weighted bound"] == pytest.approx(249.5)
 
 
 @pytest.fixture
@@ -400,7 +411,9 @@ def test_latents_that_are_in_use_are_counted(tmp_path):
     (tmp_path / "01_vae").mkdir()
     model, x = script.VAE(5), torch.rand(20, 784)
     mu = torch.tensor([0.0, 2.0, 0.1, 0.2, 0.0])  # KL ½ μ²: 0, 2, 0.005, 0.02, 0
-    model.encode = lambda x: (mu.expand(len(x), 5), torch.zeros(len(x), 5))
+    factors = torch.linspace(0.5, 1.5, 20)[:, None]  # images differ; the mean of the squares counts
+    factors = factors / factors.square().mean().sqrt()
+    model.encode = lambda x: (factors * mu, torch.zeros(20, 5))
     history = [{"step": 1, "reconstruction": -5.0, "KL": 2.0},
                {"step": 2, "reconstruction": -3.0, "KL": 1.0}]
     script.plot_training(args, model, x, history)

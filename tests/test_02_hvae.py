@@ -351,8 +351,11 @@ def run(tmp_path, monkeypatch, *flags):
 
 
 def test_every_model_is_trained_as_its_name_says_and_judged_on_test_images(tmp_path, monkeypatch):
-    trained, evaluated = [], []
+    trained, evaluated, built = [], [], []
     train, evaluate = script.train, script.evaluate
+    VAE = script.TwoLevelVAE
+    monkeypatch.setattr(script, "TwoLevelVAE", lambda *values, **settings: built.append(
+        torch.initial_seed()) or VAE(*values, **settings))
 
     def spy_train(args, model, images, test_x, history):
         assert not images.any() and (test_x == 1).all()
@@ -366,7 +369,7 @@ def test_every_model_is_trained_as_its_name_says_and_judged_on_test_images(tmp_p
     monkeypatch.setattr(script, "train", spy_train)
     monkeypatch.setattr(script, "evaluate", spy_evaluate)
     models, out = run(tmp_path, monkeypatch, "--seed", "3")
-    assert list(models) == list(SETTINGS)
+    assert list(models) == list(SETTINGS) and built == [3] * 5
     assert all(model is models[name] and seed == 3 for (model, seed), name in zip(trained, SETTINGS))
     for name, expected in SETTINGS.items():
         assert (models[name].learn_sigma, models[name].level1, models[name].levels) == expected
@@ -467,6 +470,7 @@ def test_pictures_show_what_the_levels_keep_and_samples_of_every_model(tmp_path,
     assert saved["b"].tolist() == (expected * 255).round().byte().view(-1, 28, 28).tolist()
     assert saved["a"].tolist() != saved["b"].tolist()
     assert [title.split()[-1] for *_, title in samples] == ["a", "b"]
+    assert [columns for _, columns, _ in samples] == [20, 20]
     torch.testing.assert_close(samples[1][0].view(40, 784), expected[:40])
 
 
@@ -481,5 +485,5 @@ def test_default_run_uses_both_levels_on_the_real_digits(real_data, tmp_path, mo
     script.main(["--data", str(real_data), "--out", str(tmp_path), "--device", "cpu",
                  "--train-size", "10000", "--epochs", "6"])
     results = json.loads((tmp_path / "02_hvae" / "metrics.json").read_text())["results"]
-    assert results["fixed"]["level 2"] > 4
-    assert results["fixed"]["ELBO"] > results["one level"]["ELBO"] + 5 > 0
+    assert results["fixed"]["level 2"] > 2
+    assert results["fixed"]["ELBO"] > results["one level"]["ELBO"] > 300
