@@ -8,14 +8,14 @@
 Sources  VAE: Auto-Encoding Variational Bayes, Kingma, Welling, arXiv:1312.6114
          IWAE: Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, arXiv:1509.00519
          text: 拡散モデルの理論, section 8.1.1 and appendix C
-Run      python 01_vae.py    (--book for the text's model; --quick for a smoke test; --help)
+Run      python 01_vae.py    (--book: the model of the book behind the text; --quick; --help)
 Expect   57 seconds on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24), and two pictures.
-         Test images, in nats (the best constant image has an ELBO of -56):
-         this file   ELBO +811   KL 68   20 of 20 latents in use   squared error 4.86 = 784 σ²
-         --sigma 1   ELBO -739   KL  7   10 of 20                  24.4
-         --book      ELBO -740   KL  7   10 of 20                  25.2, text's loss (+ 2 KL) 38.3
+         Test images, in nats (the mean image, with the best σ, has an ELBO of -56):
+         this file   ELBO +811   KL 68.0   20 of 20 latents in use   squared error 4.86 ≈ 784 σ²
+         --sigma 1   ELBO -739   KL  6.8   10 of 20                  24.4
+         --book      ELBO -740   KL  6.6   10 of 20                  25.2; + 2 KL, its loss: 38.3
          σ = 1 says that pixels in [0, 1] are right to ±1. A latent pays for its KL if it explains
-         more variance than σ²; few explain more than 1, so half stay unused and images are blurred.
+         more variance than σ²: here only half explain more than 1, so images are blurred.
 Try      easy: --latent-dim 2: instead of samples, the decoder's image of each point of the plane.
          medium: --sigma 1, 0.3 and 0.1: how many latents are in use, how sharp are the images?
          harder: a β-VAE: weight the KL by 4 in `train`. What happens to the samples, and why?
@@ -32,7 +32,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting OpenMP threads soon give up their core
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads release their cores sooner
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -54,8 +54,8 @@ def get_args(argv=None):
     add("--lr", type=float, default=4e-3, help="initial learning rate")
     add("--train-size", type=int, default=60000, help="number of training images")
     add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
-    add("--quick", action="store_true", help="smoke test: run everything once on 512 images")
-    add("--book", action="store_true", help="the text's network, settings and constant --lr")
+    add("--quick", action="store_true", help="smoke test: a short run on 512 images")
+    add("--book", action="store_true", help="the book's network, settings and constant --lr")
     add("--latent-dim", type=int, default=20, help="number of latents, the size of z")
     add("--sigma", type=float, default=0, help="standard deviation σ of a pixel; 0 learns it")
     args = parser.parse_args(argv)
@@ -72,7 +72,7 @@ def get_args(argv=None):
 
 # ---- The model and the ELBO ----------------------------------------------------------
 def pixel_log_density(x, x_hat, logvar):
-    """log p(x | z) = log N(x; x̂, σ²) of each pixel, in nats; another density goes here alone."""
+    """log p(x | z) = log N(x; x̂, σ²) of each pixel, nats; for another density, change this."""
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - x_hat).square() * (-logvar).exp())
 
 
@@ -87,7 +87,7 @@ def reparameterize(mu, logvar):
 
 
 class VAE(nn.Module):
-    """p(z) p(x | z) and q(z | x), x (N, 784) in [0, 1]; all pixels share σ; 0 learns it."""
+    """p(z) p(x | z) and q(z | x), x (N, 784) in [0, 1]; all pixels share σ, sigma=0 learns it."""
 
     def __init__(self, latent_dim=20, sigma=0, book=False):
         super().__init__()
@@ -95,7 +95,7 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(784, h), activation, nn.Linear(h, 2 * latent_dim))
         self.decoder = nn.Sequential(
             nn.Linear(latent_dim, h), activation, nn.Linear(h, 784), nn.Sigmoid())
-        logvar = torch.tensor(2 * math.log(sigma or 0.3))  # 0.3: RMS error of a constant image
+        logvar = torch.tensor(2 * math.log(sigma or 0.3))  # 0.3: a rough start
         self.logvar = nn.Parameter(logvar, requires_grad=sigma == 0)  # log σ²
 
     def encode(self, x):
@@ -182,12 +182,12 @@ def main(argv=None):
 
 
 def evaluate(model, x):
-    """Results on test images x (N, 784), in nats per image."""
+    """Means over test images x (N, 784); all but the squared error in nats."""
     reconstruction, kl = model.elbo(x)
     x_hat = model.decode(reparameterize(*model.encode(x)))
     return {
         "ELBO": (reconstruction - kl).mean().item(),
-        "importance-weighted bound": model.importance_bound(x[:500], 100).mean().item(),
+        "importance-weighted bound, first 500": model.importance_bound(x[:500], 100).mean().item(),
         "KL": kl.mean().item(),
         "squared error": (x - x_hat).square().sum(1).mean().item(),
     }
@@ -211,7 +211,7 @@ def plot_images(args, model, x):
     paths = torch.lerp(mu[:7, None], mu[1:8, None], torch.linspace(0, 1, 9).to(x)[:, None])
     z = torch.randn(81, args.latent_dim)
     if args.latent_dim == 2:
-        ticks = torch.special.ndtri(torch.linspace(0.05, 0.95, 9))  # equally likely intervals
+        ticks = torch.special.ndtri(torch.linspace(0.05, 0.95, 9))  # evenly spaced quantiles
         z = torch.cartesian_prod(-ticks, ticks).flip(1)  # z_1 grows to the right, z_2 upward
     left = torch.cat([x[:9], model.decode(mu), *model.decode(paths)])
     right = model.decode(z.to(x))

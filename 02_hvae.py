@@ -5,24 +5,25 @@ A second latent z2 explains the first, z1, and z1 explains the image x. All dens
     log p(x) ≥ ELBO = J1 + J2 + J3, J1 = E_q[log p(x | z1)]      reconstruction
     J2 = -E_q[KL(q(z2 | z1) ‖ p(z2))]                            minus the cost of level 2
     J3 = E_q[log p(z1 | z2) - log q(z1 | x)]                     minus the cost of level 1
-Three faults: 1. Imports and classes are commented out, a NameError; --as-printed has them. 2. -J3 is
-   computed as KL(q(z1 | x) ‖ p(z1 | z2)), as if z1 were drawn anew; but z2 comes from this very z1.
-   For p(z1 | z2) = N(b z2, 1) and q(z2 | z1) with mean a z1 that adds a·b·σ1² nats per dimension,
-   a penalty on what z2 knows of z1 if a·b > 0. 3. σ = 1, also in p(z1 | z2), makes an image worth
-   few nats (see 01_vae.py), so a better p(z1) gains little. Only 2 and 3 together switch z2 off.
+Three faults: 1. Imports and classes are commented out, a NameError (mended, in --as-printed too).
+   2. -J3 is computed as KL(q(z1 | x) ‖ p(z1 | z2)), as if z1 were drawn anew; but z2 comes from this
+   very z1. For p(z1 | z2) = N(b z2, 1) and q(z2 | z1) with mean a z1, that adds a·b·σ1² nats per
+   dimension: if a·b > 0, a penalty on what z2 knows of z1. 3. σ = 1, also in p(z1 | z2): errors
+   cost little, so z1 carries few nats (see 01_vae.py). Only 2 and 3 together switch z2 off.
 Sources  text: 拡散モデルの理論, appendix C
          VAE: Auto-Encoding Variational Bayes, Kingma, Welling, arXiv:1312.6114
-Run      python 02_hvae.py    (--as-printed for the text's model alone; --quick; --help)
-Expect   2.5 minutes on two CPU cores (AMD EPYC, 2026-11-24), two pictures. Real test images, nats:
-         mean of seeds 0-2 ± largest distance  ELBO          level 1      level 2       Fréchet
-         fixed: σ learned, -J3 as above        +801.7 ± 1.3  47.7 ± 0.7   9.0 ± 0.6     211 ± 17
-         fault 2: σ learned, closed form       +799.2 ± 2.8  48.6 ± 0.4   8.3 ± 0.3     219 ± 26
-         fault 3: σ = 1, -J3 as above          -739.1 ± 0.1   3.3 ± 0.3   3.3 ± 0.2     409 ± 15
-         faults 2 and 3                        -739.4 ± 0.1   6.7 ± 0.1   0.000 ± 0.001 503 ± 31
-         one level, σ learned                  +779.5 ± 0.8  64.5 ± 0.1   -             590 ± 20
+Run      python 02_hvae.py    (2.5 minutes on two CPU cores; --as-printed for the text's model)
+Expect   Real test images, in nats, mean of seeds 0-2 ± largest deviation (AMD EPYC, 2026-11-24):
+                                               ELBO          level 1      level 2       Fréchet*
+         fixed: σ learned, sampled -J3         +801.7 ± 1.3  47.7 ± 0.7   9.0 ± 0.6     211 ± 17
+         closed form (fault 2)                 +799.2 ± 2.8  48.6 ± 0.4   8.3 ± 0.3     219 ± 26
+         sigma 1 (fault 3)                     -739.1 ± 0.1   3.3 ± 0.3   3.3 ± 0.2     409 ± 15
+         sigma 1, closed form (2 and 3)        -739.4 ± 0.1   6.7 ± 0.1   0.000 ± 0.001 503 ± 31
+         one level (a smaller net than 01's)   +779.5 ± 0.8  64.5 ± 0.1   -             590 ± 20
+         * distance of 1,000 samples to the test images, by the features of a classifier
 Try      easy: --as-printed: level 2 costs nothing. What are draws from p(z1 | z2) like then?
-         medium: --latent-dim 5: which level costs how much then, and what do the samples lose?
-         harder: a third level, z3: what `encoder2` and `decoder2` are to z1, two more are to z2.
+         medium: --latent-dim 5: what does each level cost then, and what do the samples lose?
+         harder: a third level: two networks like `encoder2` and `decoder2`, between z2 and z3.
 """
 
 import argparse
@@ -36,7 +37,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting OpenMP threads soon give up their core
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads release their cores sooner
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def get_args(argv=None):
     add("--lr", type=float, default=4e-3, help="initial learning rate")
     add("--train-size", type=int, default=60000, help="number of training images")
     add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
-    add("--quick", action="store_true", help="smoke test: run everything once on 512 images")
+    add("--quick", action="store_true", help="smoke test: a short run on 512 images")
     add("--as-printed", action="store_true", help="only the text's model, with its settings")
     add("--latent-dim", type=int, default=20, help="size of z1 and of z2")
     args = parser.parse_args(argv)
@@ -110,7 +111,7 @@ class TwoLevelVAE(nn.Module):
     def __init__(self, latent_dim=20, learn_sigma=True, level1="sampled", levels=2, as_printed=False):
         super().__init__()
         self.learn_sigma = learn_sigma  # False: p(x | z1) and p(z1 | z2) have variance 1
-        self.level1 = level1  # how to train the cost of level 1: "sampled" or "closed_form"
+        self.level1 = level1  # cost of level 1 in training: "sampled" or "closed_form"
         self.levels = levels
         activation = nn.ReLU() if as_printed else nn.SiLU()
         hidden1, hidden2 = ([100], [100]) if as_printed else ([512], [256, 256])
@@ -130,7 +131,7 @@ class TwoLevelVAE(nn.Module):
         return self.decoder2(z2), torch.zeros_like(z2)
 
     def elbo(self, x, level1="sampled"):
-        """Returns J1 (N,) and [-J3, -J2], the costs of levels 1 and 2, each (N,), all in nats."""
+        """J1 (N,) and the costs [-J3, -J2] of levels 1 and 2, each (N,), in nats."""
         mu1, logvar1 = gaussian(self.encoder1(x))
         z1 = reparameterize(mu1, logvar1)
         J1 = gaussian_log_density(x, self.decoder1(z1), self.logvar).sum(1)
@@ -186,7 +187,7 @@ def train(args, model, images, test_x, history):
 @torch.no_grad()
 def evaluate(model, x):
     """The ELBO and the cost of each level, means over images x (N, 784), in nats."""
-    J1, costs = model.elbo(x)
+    J1, costs = model.elbo(x)  # always with the sampled -J3: the true ELBO
     levels = {f"level {i}": cost.mean().item() for i, cost in enumerate(costs, 1)}
     return {"ELBO": (J1 - sum(costs)).mean().item(), **levels}
 
@@ -217,7 +218,7 @@ def main(argv=None):
             torch.manual_seed(args.seed)
             train(args, model, images.to(device), x[:1000], history[name])
     except KeyboardInterrupt:
-        print("Training stopped early; evaluating and saving the current models.")
+        print("Training stopped early; evaluating and saving all models, trained or not.")
     save_model(args, models)
     results = {}
     for name, model in models.items():
@@ -233,11 +234,11 @@ def plot_images(args, models, x):
     model = next(iter(models.values()))
     mu1, _ = gaussian(model.encoder1(x))
     mu2, _ = gaussian(model.encoder2(mu1))
-    prior = model.prior(mu2)
+    prior = model.prior(mu2)  # p(z1 | z2)
     rows = [x, model.decoder1(mu1), model.decoder1(prior[0])]
     rows += [model.decoder1(reparameterize(*prior)) for _ in range(4)]
     _, axes = plt.subplots(figsize=(8, 6), layout="constrained")
-    title = "rows: x; what z1 keeps; what z2 keeps; four draws of z1 from p(z1 | z2)"
+    title = "x; its z1; its z2; four draws of z1 from p(z1 | z2)"
     show_grid(axes, torch.cat(rows).view(-1, 1, 28, 28), len(x), title)
     plt.savefig(f"{args.out}/levels.png")
     z = torch.randn(1000, args.latent_dim).to(x)

@@ -6,14 +6,14 @@
     p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), β_t I)                 reverse process: remove noise
     L_{t-1} = KL(q(x_{t-1} | x_t, x_0) ‖ p_θ(x_{t-1} | x_t))   the bound's term for step t > 1
     -log p_θ(x_0) ≤ E[L_T + Σ_{t=2..T} L_{t-1} + L_0]          with L_0 = -log p_θ(x_0 | x_1)
-    L_simple = E (ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t))²          what is trained, a mean over pixels
+    L_simple = E (ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t))²          the training loss, a mean over pixels
 
 Sources  DDPM: Denoising Diffusion Probabilistic Models, Ho, Jain, Abbeel, arXiv:2006.11239
          DDIM: Denoising Diffusion Implicit Models, Song, Meng, Ermon, arXiv:2010.02502
          text: 拡散モデルの理論, sections 8.2-8.4; ex. 5.x and the book's eq. 5.x: 第5章 演習問題の解答
 Run      python 03_ddpm.py    (--quick for a smoke test, --help for the settings)
 Expect   8 minutes on two CPU cores; L_simple 0.0231, the bound 2.04 bits/dim (16 test images),
-         and four pictures. Samples, judged by a classifier that is right on 99.7% of real test digits:
+         and four pictures. Samples, by a classifier that is right on 99.7% of real test digits:
                                                 over 95% sure   Fréchet distance
          this file: DDIM, 50 steps, η = 1.9          85%              65
          the same with η = 0                         72%             152
@@ -21,14 +21,14 @@ Expect   8 minutes on two CPU cores; L_simple 0.0231, the bound 2.04 bits/dim (1
          1,000 real test images                      99%               6
          3 epochs: Algorithm 2                       65%             203
            DDIM, η = 1.9 (another seed)              78% (76%)       133 (149)
-           the same + averaged weights               77%             136
-           the same + v-prediction                   79%             121
-           the same + t from Beta(1.5, 2.3)          81% (78%)        87 (121)
+           with averaged weights (not here)          77%             136
+           with v-prediction (not here)              79%             121
+           with t from Beta(1.5, 2.3) (not here)     81% (78%)        87 (121)
          η = 1.9 is an experimental choice: the extra noise lets later steps correct errors of the
          network. (Real MNIST, seed 0, AMD EPYC, 2026-11-24.)
 Read     Start with `Diffusion` and `train`: `train` is Algorithm 1, `sample` is Algorithm 2.
 Try      easy: --epochs 0 --load out/03_ddpm/model.pt --out out/try --ddim-steps 10 (or 5, or 0).
-         medium: other values of `eta` in `main`; at how many steps does 0 beat 1.9?
+         medium: other values of `eta` in `main`; at how many steps does eta = 0 beat 1.9?
          harder: condition `UNet` on the class: embed the label and add it to `emb`.
 """
 
@@ -43,7 +43,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting OpenMP threads soon give up their core
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads release their cores sooner
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # a Mac's GPU lacks some operations
 import matplotlib.pyplot as plt
 import numpy as np
@@ -66,7 +66,7 @@ def get_args(argv=None):
     add("--lr", type=float, default=2e-3, help="initial learning rate")
     add("--train-size", type=int, default=60000, help="number of training images")
     add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
-    add("--quick", action="store_true", help="smoke test: run everything once on 512 images")
+    add("--quick", action="store_true", help="smoke test: a short run on 512 images")
     add("--T", type=int, default=1000, help="number of diffusion steps")
     add("--samples", type=int, default=100, help="number of generated images, a multiple of 10")
     add("--ddim-steps", type=int, default=50, help="steps of DDIM; 0: Algorithm 2, all T")
@@ -102,7 +102,7 @@ class Diffusion:
         self.alpha_bars = torch.cumprod(1 - self.betas, 0)
 
     def q_step(self, x, t, noise):
-        """One step of the forward process, x_{t-1} to x_t (text 8.2.1); q_sample replaces it."""
+        """One step of the forward process, x_{t-1} to x_t (text 8.2.1); not used below."""
         beta = self.betas[t]
         return per_image((1 - beta).sqrt(), x) * x + per_image(beta.sqrt(), x) * noise
 
@@ -121,7 +121,7 @@ class Diffusion:
         return mean, per_image(beta * (1 - previous) / (1 - bar), x0)
 
     def predict_x0(self, x_t, t, eps):
-        """The x_0 that gives x_t if its noise is eps (DDPM eq. 4 solved for x_0)."""
+        """The x_0 that gives x_t if the noise in x_t is eps (DDPM eq. 4 solved for x_0)."""
         bar = self.alpha_bars[t]
         return (x_t - per_image((1 - bar).sqrt(), x_t) * eps) / per_image(bar.sqrt(), x_t)
 
@@ -146,14 +146,14 @@ class Diffusion:
 
     @torch.no_grad()
     def sample_ddim(self, model, x, steps, eta):
-        """DDIM eq. 12 (its α_t is our ᾱ_t), x_T -> x_0; eta: 0 adds no noise, 1 that of β̃_t."""
+        """DDIM eq. 12 (its α_t is our ᾱ_t), x_T -> x_0; eta = 1 adds the noise of DDPM with β̃_t."""
         times = torch.linspace(self.T, 0, min(steps, self.T) + 1).round().long()
         for t, s in zip(times, times[1:]):  # from x_t to x_s, s < t
             x0 = self.p_mean_variance(model, x, t.expand(len(x)))[2]
             bar_t, bar_s = self.alpha_bars[t], self.alpha_bars[s]
-            eps = (x - bar_t.sqrt() * x0) / (1 - bar_t).sqrt()  # the ε that fits the clamped x̂_0
+            eps = (x - bar_t.sqrt() * x0) / (1 - bar_t).sqrt()  # the ε of the clamped x̂_0
             variance = eta**2 * (1 - bar_s) / (1 - bar_t) * (1 - bar_t / bar_s)  # eq. 16
-            variance = variance.clamp(max=1 - bar_s)  # eta > 1: keeps the next root real
+            variance = variance.clamp(max=1 - bar_s)  # eta > 1: no negative number under the root
             x = bar_s.sqrt() * x0 + (1 - bar_s - variance).sqrt() * eps
             x = x + variance.sqrt() * torch.randn_like(x)
         return x
@@ -194,7 +194,7 @@ def discretized_log_likelihood(x0, mean, std):
     upper = log_cdf((1 / 255 - d) / std)  # the bin of a pixel is x0 ± 1/255
     lower = log_cdf((-1 / 255 - d) / std)
     inner = upper + torch.log1p(-(lower - upper).exp())
-    outer = log_cdf((1 / 255 - x0.sign() * (x0 - mean)) / std)  # black, white: to ∓∞
+    outer = log_cdf((1 / 255 - x0.sign() * (x0 - mean)) / std)  # bins of black and white reach ∓∞
     return torch.where(x0.abs() > 0.999, outer, inner)
 
 
@@ -316,7 +316,7 @@ def main(argv=None):
 
 
 def plot_training(args, history, snapshots):
-    """The loss, and samples from the same ten x_T, a row for every third report."""
+    """The loss, and samples from the same ten x_T, every third entry of `snapshots`."""
     if not history:
         return
     _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
