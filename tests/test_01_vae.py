@@ -351,8 +351,10 @@ def test_flags_reach_the_model(flags, shape, logvar, tmp_path):
     assert weights["logvar"].item() == pytest.approx(2 * math.log(0.3) if logvar is None else logvar)
 
 
-def test_the_bound_is_that_of_500_images_with_100_draws():
+def test_results_are_the_means_they_are_called():
     model, asked = script.VAE(2), []
+    model.elbo = lambda x: (torch.arange(len(x)) * 1.0, torch.full([len(x)], 7.0))
+    model.decode = lambda z: torch.zeros(len(z), 784)
     model.importance_bound = lambda x, K: asked.append((x, K)) or torch.arange(len(x)) * 1.0
     x = torch.rand(700, 784)
     with torch.no_grad():
@@ -360,6 +362,8 @@ def test_the_bound_is_that_of_500_images_with_100_draws():
     (images, K), = asked
     assert images.equal(x[:500]) and K == 100
     assert results["importance-weighted bound, first 500"] == pytest.approx(249.5)
+    assert results["ELBO"] == pytest.approx(349.5 - 7) and results["KL"] == pytest.approx(7)
+    assert results["squared error"] == pytest.approx(x.square().sum(1).mean().item(), rel=1e-5)
 
 
 @pytest.fixture
