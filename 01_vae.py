@@ -178,6 +178,7 @@ def main(argv=None):
         results = evaluate(model, x)
         plot_training(args, model, x, history)
         plot_images(args, model, x)
+    print(json.dumps(results, indent=1))
     save_metrics(args, results, history, source, began)
 
 
@@ -282,7 +283,7 @@ def load_data(args):
     try:
         data = [read_idx(Path(f"{source}/{name}"), not args.data) for name in MNIST]
     except FileNotFoundError as error:
-        if args.data not in ["", "drawn"]:
+        if args.data and args.data != "drawn":
             sys.exit(f"--data needs the four MNIST files: {error}")
         source = "drawn digits (not MNIST)"
         data = [*draw_characters(args.train_size, 0), *draw_characters(10000, 1)]
@@ -329,7 +330,7 @@ def load_weights(args, model):
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
         differ = checkpoint["settings"].items() - vars(args).items()
-        print(f"--load {args.load}: settings that differ: {dict(differ)}")
+        print(f"--load {args.load}: settings that differ: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
         sys.exit(f"--load {args.load} cannot be used: {error}")
@@ -347,8 +348,7 @@ def save_model(args, model):
 
 
 def save_metrics(args, results, history, source, began):
-    """Prints the results, writes metrics.json, and says where the files are."""
-    print(json.dumps(results, indent=1))
+    """Writes metrics.json and says where the results are."""
     seconds = time.time() - began
     metrics = {"results": results, "settings": vars(args), "data": source, "history": history,
                "seconds": seconds, "torch": torch.__version__}

@@ -59,7 +59,7 @@ def get_args(argv=None):
     add("--train-size", type=int, default=60000, help="number of training images")
     add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
     add("--quick", action="store_true", help="smoke test: a short run on 512 images")
-    add("--as-printed", action="store_true", help="only the text's model, with its settings")
+    add("--as-printed", action="store_true", help="only the text's model (imports repaired), its settings")
     add("--latent-dim", type=int, default=20, help="size of z1 and of z2")
     args = parser.parse_args(argv)
     if args.as_printed:  # flags given on the command line override these
@@ -225,6 +225,7 @@ def main(argv=None):
         results[name] = evaluate(model, x)
     with torch.no_grad():
         plot_images(args, models, x[:10])
+    print(json.dumps(results, indent=1))
     save_metrics(args, results, history, source, began)
 
 
@@ -312,7 +313,7 @@ def load_data(args):
     try:
         data = [read_idx(Path(f"{source}/{name}"), not args.data) for name in MNIST]
     except FileNotFoundError as error:
-        if args.data not in ["", "drawn"]:
+        if args.data and args.data != "drawn":
             sys.exit(f"--data needs the four MNIST files: {error}")
         source = "drawn digits (not MNIST)"
         data = [*draw_characters(args.train_size, 0), *draw_characters(10000, 1)]
@@ -359,7 +360,7 @@ def load_weights(args, model):
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
         differ = checkpoint["settings"].items() - vars(args).items()
-        print(f"--load {args.load}: settings that differ: {dict(differ)}")
+        print(f"--load {args.load}: settings that differ: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
         sys.exit(f"--load {args.load} cannot be used: {error}")
@@ -377,8 +378,7 @@ def save_model(args, model):
 
 
 def save_metrics(args, results, history, source, began):
-    """Prints the results, writes metrics.json, and says where the files are."""
-    print(json.dumps(results, indent=1))
+    """Writes metrics.json and says where the results are."""
     seconds = time.time() - began
     metrics = {"results": results, "settings": vars(args), "data": source, "history": history,
                "seconds": seconds, "torch": torch.__version__}

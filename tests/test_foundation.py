@@ -143,7 +143,7 @@ def test_saved_weights_give_the_same_model(script, shared, tmp_path, capsys):
     assert all(before[name].equal(after[name]) for name in before) and len(before) == len(after)
     assert rows_of(metrics_of(out)["history"]) == [] and metrics_of(out)["results"]
     trained = module.get_args(["--quick"]).epochs
-    assert f"'epochs': {trained}" in capsys.readouterr().out  # the settings that differ
+    assert f"('epochs', {trained})" in capsys.readouterr().out  # the settings that differ
 
 
 @each_script
@@ -284,7 +284,7 @@ def test_a_checkpoint_that_does_not_fit_gets_torchs_message(tmp_path, capsys):
     torch.save({"settings": {**vars(settings()), "width": 7}, "weights": small.state_dict()}, path)
     with pytest.raises(SystemExit, match='(?s)model.pt.*Missing key.*"bias"'):
         first.load_weights(settings("--load", str(path)), large)
-    assert "'width': 7" in capsys.readouterr().out
+    assert "('width', 7)" in capsys.readouterr().out
     first.load_weights(settings("--load", str(path)), other := torch.nn.Linear(2, 1, bias=False))
     assert other.weight.equal(small.weight)
 
