@@ -115,7 +115,7 @@ class VAE(nn.Module):
         return reconstruction, gaussian_kl(mu, logvar).sum(1)
 
     def importance_bound(self, x, K):
-        """log 1/K Σ_k p(x, z_k) / q(z_k | x) in nats (N,), a bound that grows with K (IWAE eq. 8)."""
+        """log 1/K Σ_k p(x, z_k) / q(z_k | x) in nats (N,); it grows with K (IWAE eq. 8)."""
         x = x.expand(K, -1, -1)  # (N, 784) -> (K, N, 784)
         mu, logvar = self.encode(x)
         eps = torch.randn_like(mu)
@@ -218,7 +218,7 @@ def plot_images(args, model, x):
     right = model.decode(z.to(x))
     _, axes = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
     show_grid(axes[0], left.view(-1, 1, 28, 28), 9, "x, x̂, and straight lines in z")
-    show_grid(axes[1], right.view(-1, 1, 28, 28), 9, "samples: z ~ p(z), then x̂(z)")
+    show_grid(axes[1], right.view(-1, 1, 28, 28), 9, "x̂(z) for z from the prior, or over the plane")
     plt.savefig(f"{args.out}/images.png")
 
 

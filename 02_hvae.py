@@ -6,9 +6,9 @@ A second latent z2 explains the first, z1, and z1 explains the image x. All dens
     J2 = -E_q[KL(q(z2 | z1) ‖ p(z2))]                            minus the cost of level 2
     J3 = E_q[log p(z1 | z2) - log q(z1 | x)]                     minus the cost of level 1
 Three faults: 1. Imports and classes are commented out, a NameError (mended, in --as-printed too).
-   2. -J3 is computed as KL(q(z1 | x) ‖ p(z1 | z2)), as if z1 were drawn anew; but z2 comes from this
-   very z1. For p(z1 | z2) = N(b z2, 1) and q(z2 | z1) with mean a z1, that adds a·b·σ1² nats per
-   dimension: if a·b > 0, a penalty on what z2 knows of z1. 3. σ = 1, also in p(z1 | z2): errors
+   2. -J3 is computed as KL(q(z1 | x) ‖ p(z1 | z2)), as if z1 were drawn anew; but z2 comes from
+   this very z1. For p(z1 | z2) = N(b z2, 1) and q(z2 | z1) with mean a z1, that adds a·b·σ1² nats
+   per dimension: if a·b > 0, a penalty on what z2 knows of z1. 3. σ = 1, also in p(z1 | z2): errors
    cost little, so z1 carries few nats (see 01_vae.py). Only 2 and 3 together switch z2 off.
 Sources  text: 拡散モデルの理論, appendix C
          VAE: Auto-Encoding Variational Bayes, Kingma, Welling, arXiv:1312.6114
@@ -59,7 +59,7 @@ def get_args(argv=None):
     add("--train-size", type=int, default=60000, help="number of training images")
     add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
     add("--quick", action="store_true", help="smoke test: a short run on 512 images")
-    add("--as-printed", action="store_true", help="only the text's model (imports repaired), its settings")
+    add("--as-printed", action="store_true", help="only the text's model (with its imports)")
     add("--latent-dim", type=int, default=20, help="size of z1 and of z2")
     args = parser.parse_args(argv)
     if args.as_printed:  # flags given on the command line override these

@@ -134,7 +134,7 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, x, frames=None):
-        """DDPM, Algorithm 2: x_T (B, ...) -> x_0. Appends each (t, x_t, x̂_0) to a list `frames`."""
+        """DDPM, Algorithm 2: x_T (B, ...) -> x_0. Appends each (t, x_t, x̂_0) to `frames`."""
         for step in range(self.T, 0, -1):
             t = torch.full([len(x)], step)
             mean, variance, x0 = self.p_mean_variance(model, x, t)
@@ -146,7 +146,7 @@ class Diffusion:
 
     @torch.no_grad()
     def sample_ddim(self, model, x, steps, eta):
-        """DDIM eq. 12 (its α_t is our ᾱ_t), x_T -> x_0; eta = 1 adds the noise of DDPM with β̃_t."""
+        """DDIM eq. 12 (its α_t is our ᾱ_t), x_T -> x_0; eta = 1 adds the noise of β̃_t."""
         times = torch.linspace(self.T, 0, min(steps, self.T) + 1).round().long()
         for t, s in zip(times, times[1:]):  # from x_t to x_s, s < t
             x0 = self.p_mean_variance(model, x, t.expand(len(x)))[2]
@@ -174,7 +174,7 @@ class Diffusion:
             if step == 1:
                 nats = -discretized_log_likelihood(x0, mean, variance.sqrt())  # L_0, eq. 5.34
             else:
-                nats = gaussian_kl(*self.q_posterior(x0, x_t, t), mean, variance)  # L_{t-1}, ex. 5.4
+                nats = gaussian_kl(*self.q_posterior(x0, x_t, t), mean, variance)  # ex. 5.4
             terms.append(nats)
         bar = self.alpha_bars[-1]
         terms.append(gaussian_kl(bar.sqrt() * x0, 1 - bar, 0, 1))  # L_T
@@ -188,7 +188,7 @@ def gaussian_kl(mean1, variance1, mean2, variance2):
 
 
 def discretized_log_likelihood(x0, mean, std):
-    """Log probability in nats of each 8-bit pixel x0 under N(mean, std²) (eq. 5.34; DDPM eq. 13)."""
+    """Log probability in nats of each 8-bit pixel x0 under N(mean, std²) (eq. 5.34, DDPM 13)."""
     log_cdf = torch.special.log_ndtr
     d = (x0 - mean).abs()  # by symmetry: in the lower tail log Φ is precise
     upper = log_cdf((1 / 255 - d) / std)  # the bin of a pixel is x0 ± 1/255
