@@ -13,13 +13,13 @@ Three faults: 1. Imports and classes are commented out, a NameError (mended, in 
 Sources  text: 拡散モデルの理論, appendix C
          VAE: Auto-Encoding Variational Bayes, Kingma, Welling, arXiv:1312.6114
 Run      python 02_hvae.py    (2.5 minutes on two CPU cores; --as-printed for the text's model)
-Expect   Real test images, in nats, mean of seeds 0-2 ± largest deviation (AMD EPYC, 2026-11-24):
-                                            ELBO          level 1     level 2      Fréchet distance
-         fixed: σ learned, sampled -J3      +801.7 ± 1.3  47.7 ± 0.7  9.0 ± 0.6       211 ± 17
-         closed form (fault 2)              +799.2 ± 2.8  48.6 ± 0.4  8.3 ± 0.3       219 ± 26
-         sigma 1 (fault 3)                  -739.1 ± 0.1   3.3 ± 0.3  3.3 ± 0.2       409 ± 15
-         sigma 1, closed form (2 and 3)     -739.4 ± 0.1   6.7 ± 0.1  0.000 ± 0.001   503 ± 31
-         one level (a smaller net than 01)  +779.5 ± 0.8  64.5 ± 0.1  -               590 ± 20
+Expect   Test images, nats; samples: Fréchet distance; seeds 0-2 ± maximum (AMD EPYC, 2026-11-24):
+                                            ELBO          level 1     level 2     04_vit.py --judge
+         fixed: σ learned, sampled -J3      +801.7 ± 1.3  47.7 ± 0.7  9.0 ± 0.6       4.9 ± 0.4
+         closed form (fault 2)              +799.2 ± 2.8  48.6 ± 0.4  8.3 ± 0.3       5.0 ± 0.6
+         sigma 1 (fault 3)                  -739.1 ± 0.1   3.3 ± 0.3  3.3 ± 0.2       7.8 ± 0.6
+         sigma 1, closed form (2 and 3)     -739.4 ± 0.1   6.7 ± 0.1  0.000 ± 0.001  11.7 ± 1.8
+         one level (a smaller net than 01)  +779.5 ± 0.8  64.5 ± 0.1  -              27.8 ± 1.2
 Try      easy: --as-printed: level 2 costs nothing. What are draws from p(z1 | z2) like then?
          medium: --latent-dim 5: what does each level cost then, and what do the samples lose?
          harder: a third level: two networks like `encoder2` and `decoder2`, between z2 and z3.

@@ -175,9 +175,9 @@ def test_an_interrupted_training_is_evaluated_drawn_and_saved(script, tmp_path, 
 
     monkeypatch.setattr(module, "progress", interrupted)
     out = run_main(module, tmp_path)
-    assert len(calls) == 3 and "stopped early" in capsys.readouterr().out
+    assert "stopped early" in capsys.readouterr().out
     metrics = metrics_of(out)
-    assert metrics["results"] and rows_of(metrics["history"])
+    assert metrics["results"] and len(rows_of(metrics["history"])) == 3
     assert (out / "model.pt").exists() and list(out.glob("*.png"))
 
 
