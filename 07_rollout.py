@@ -143,7 +143,7 @@ def mass(maps, inside):
 
 @torch.no_grad()
 def deletion(model, x, labels, maps, fractions):
-    """Probability of the right class (B, K) with K fractions of the patches black, best first."""
+    """Probability of the right class (B, K) with K fractions of patches black, strongest first."""
     rank = maps.argsort(dim=1, descending=True, stable=True).argsort(1)  # 0: the strongest patch
     rank = to_pixels(rank.float(), x.shape[2])
     probabilities = []
