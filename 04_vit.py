@@ -11,8 +11,8 @@ Sources  ViT: An Image is Worth 16x16 Words, Dosovitskiy et al., arXiv:2010.1192
          texts: 第5章 演習問題の解答, ex. 5.1; 【読書記録】Vision Transfoer入門
 Run      python 04_vit.py    (--quick; --help; --load out/04_vit/model.pt --judge SAMPLES)
 Expect   4 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24) and results.png.
-         Test accuracy (seed 1), chance 10%: positions learned 99.3% (99.3), learned from a start as
-         large as the sines, std=0.7 below, 99.1% (99.2), fixed sines 99.3% (99.3), none 98.2 (98.1)
+         Test accuracy in %, seed 0 (seed 1), chance 10, by positions: learned 99.3 (99.3), learned
+         from std=0.7, the size of the sines, 99.1 (99.2), fixed sines 99.3 (99.3), none 98.2 (98.1)
          Accuracy on letters of a font from n of each (chance 4%):  n = 1    5   20  100
            least squares on the digits' features, in 1 ms             39%  59%  70%  75%
            fine-tuning of everything, about 200 steps                 40%  61%  82%  87%
@@ -22,7 +22,7 @@ Weights  VisionTransformer(224, 16, 3, 1000, 768, 12, 12) loads timm's vit_base_
          strict=True; that model takes RGB images with mean and std 0.5: pixels in [-1, 1].
 Try      easy: --patch-size 14 or 4 (4 or 49 patches): accuracy against time.
          medium: permute the patches of all images in the same way. Does --pos none notice it?
-         harder: a masked autoencoder: `encode` some tokens of `embed`, predict the other patches.
+         harder: a masked autoencoder: `encode` some tokens of `embed`, predict the pixels left out.
 """
 
 import argparse

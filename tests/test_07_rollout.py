@@ -433,7 +433,7 @@ def test_the_history_holds_means_since_the_last_row_and_ends_with_the_last_step(
 
 def test_default_settings_are_those_of_the_header():
     args = vars(script.get_args([]))
-    expected = dict(epochs=9, batch_size=64, lr=3e-3, train_size=60000, seed=0, clutter=4,
+    expected = dict(epochs=11, batch_size=64, lr=3e-3, train_size=60000, seed=0, clutter=4,
                     load=None, quick=False)
     assert {name: args[name] for name in expected} == expected
     model = script.VisionTransformer()
