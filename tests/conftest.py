@@ -16,8 +16,6 @@ torch.set_num_threads(1)  # two threads on one free core would wait for each oth
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("[0-9][0-9]_*.py"))
 PLUMBING = "# ---- Plumbing: data and files, the same in every script"
-SECOND = [path for path in SCRIPTS if PLUMBING in path.read_text(encoding="utf-8")]
-FIRST = [path for path in SCRIPTS if path not in SECOND]  # still in the style of the first edition
 
 
 def load_script(path):

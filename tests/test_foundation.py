@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import PLUMBING, SECOND, load_script
+from conftest import PLUMBING, SCRIPTS, load_script
 
-each_script = pytest.mark.parametrize("script", SECOND, ids=lambda path: path.stem)
-first = load_script(SECOND[0])  # the plumbing is one text, so one script is enough to test it
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+first = load_script(SCRIPTS[0])  # the plumbing is one text, so one script is enough to test it
 OFFLINE = {**{k: v for k, v in os.environ.items() if k not in ("MNIST_DIR", "DISPLAY", "MPLBACKEND")},
            "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "",
            "OMP_NUM_THREADS": "1"}
@@ -71,9 +71,9 @@ def shared(tmp_path_factory):
 
 
 def test_plumbing_is_one_text():
-    for script in SECOND:
+    for script in SCRIPTS:
         text = script.read_text(encoding="utf-8").split(PLUMBING)[1]
-        assert text == SECOND[0].read_text(encoding="utf-8").split(PLUMBING)[1], script.name
+        assert text == SCRIPTS[0].read_text(encoding="utf-8").split(PLUMBING)[1], script.name
 
 
 @each_script
@@ -118,8 +118,9 @@ def test_a_copied_file_runs_alone_offline_and_without_a_screen(script, shared):
     assert checkpoint["settings"] == metrics["settings"]
     if "samples.npz" in others:
         count = metrics["settings"].get("samples", 1000)
-        for images in np.load(out / "samples.npz").values():
-            assert images.dtype == np.uint8 and images.shape == (count, 28, 28)
+        for name, array in np.load(out / "samples.npz").items():
+            assert array.shape == ((count,) if name == "labels" else (count, 28, 28))
+            assert array.dtype == (np.int64 if name == "labels" else np.uint8)
 
 
 @each_script
@@ -183,7 +184,7 @@ def test_an_interrupted_training_is_evaluated_drawn_and_saved(script, tmp_path, 
 
 def test_ctrl_c_in_a_terminal(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, str(SECOND[0]), "--quick", "--data", "drawn", "--epochs", "300"],
+        [sys.executable, str(SCRIPTS[0]), "--quick", "--data", "drawn", "--epochs", "300"],
         cwd=tmp_path, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # as in a terminal
     while not process.stdout.readline().startswith("step"):
@@ -191,7 +192,7 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in errors and "stopped" in output
-    out = tmp_path / "out" / SECOND[0].stem
+    out = tmp_path / "out" / SCRIPTS[0].stem
     assert metrics_of(out)["history"] and (out / "model.pt").exists()
 
 
@@ -266,7 +267,7 @@ def test_nine_test_images_are_enough(script, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_gets_a_sentence(tmp_path):
-    done = run(SECOND[0], "--device", "cuda", cwd=tmp_path)
+    done = run(SCRIPTS[0], "--device", "cuda", cwd=tmp_path)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "cuda" in done.stderr
     assert first.pick_device("auto") in ("cpu", "mps") and first.pick_device("cpu") == "cpu"
 
