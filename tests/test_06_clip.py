@@ -67,6 +67,16 @@ def test_every_sentence_reads_back_as_its_scene():
     assert script.caption([3, 0, 7, 2, 0], 5) == "the blue seven is below the red three"
 
 
+def test_names_and_colors_are_what_they_say():
+    assert script.DIGITS == "zero one two three four five six seven eight nine".split()
+    bright = {name: "".join(c for c, v in zip("RGB", rgb) if v == 1)
+              for name, rgb in script.COLORS.items()}
+    assert bright == {"red": "R", "green": "G", "blue": "B", "yellow": "RG", "magenta": "RB",
+                      "white": "RGB"}
+    assert script.WORDS == sorted(set(script.WORDS))  # the same ids in the next run, for --load
+    assert all(word.isalpha() for word in script.WORDS)
+
+
 def test_tokens_have_start_words_and_end():
     row = script.tokenize(["a red three above a blue seven"])[0].tolist()
     words = [script.WORDS[i - 1] for i in row[1:8]]
@@ -138,6 +148,24 @@ def test_places_and_sizes_are_random_within_bounds():
     x = (picture.sum(1) * line).sum(1) / mass / 20
     assert y.mean() == pytest.approx(-0.5, abs=0.02) and abs(x.mean()) < 0.02
     assert y.std() > 0.03 and x.std() > 0.03 and (y + 0.5).abs().max() < 0.13
+
+
+def test_both_digits_have_a_size_and_a_place_of_their_own():
+    torch.manual_seed(0)
+    spot = torch.zeros(500, 2, 28, 28, dtype=torch.uint8)
+    spot[:, :, 7:21, 7:21] = 255
+    halves = script.render(spot, torch.tensor([0, 5, 0, 5, 0]).repeat(500, 1))[:, 0].view(500, 2, 20, 40)
+    mass = halves.sum((2, 3))
+    sizes = mass.sqrt() / 20
+    x = (halves.sum(2) * torch.arange(40.0)).sum(2) / mass
+    assert sizes.min() > 0.51 and sizes.max() < 0.65 and sizes.std(0).min() > 0.03
+    assert abs(torch.corrcoef(sizes.T)[0, 1]) < 0.2 and abs(torch.corrcoef(x.T)[0, 1]) < 0.2
+
+
+def test_where_digits_overlap_the_picture_stays_in_bounds():
+    full = torch.full((50, 2, 28, 28), 255, dtype=torch.uint8)
+    white = torch.tensor([0, 5, 0, 5, 0]).repeat(50, 1)
+    assert script.render(full, white).max().item() == pytest.approx(1)
 
 
 def test_a_twin_has_the_same_words_and_another_meaning():
@@ -541,6 +569,15 @@ def test_training_is_adam_with_one_cycle_and_a_bounded_temperature():
     assert [row["loss"] for row in history] == pytest.approx(expected, rel=1e-6)
 
 
+def test_batchnorm_learns_in_training_and_rests_in_evaluation():
+    modes, net = [], Tiny().eval()
+    train(net, lambda net, *data: modes.append(net.training) or net.w, "--epochs", "1")
+    assert modes and all(modes)
+    net = script.small_clip()
+    script.evaluate(net, *digits(), False)
+    assert not net.training and net.visual.conv1[1].num_batches_tracked == 0
+
+
 def test_two_phases_of_training_both_train():
     net, values = Tiny(), []
     for _ in range(2):
@@ -584,6 +621,26 @@ def measure(monkeypatch, parts, noise=0.0, new=False, image=None):
     monkeypatch.setattr(script, "encode_captions", lambda net, scenes: axes(scenes, parts)
                         + noise * torch.randn(len(scenes), 240))
     return script.evaluate(Seer(), *digits(500), new)
+
+
+def test_evaluation_shows_1000_scenes_of_the_wanted_kind(monkeypatch):
+    seen, net = [], model()
+    monkeypatch.setattr(script, "render", lambda *data: seen.append(data) or torch.zeros(1000, 3, 40, 40))
+    for new in (False, True):
+        script.evaluate(net, *digits(), new)
+        pictures, scenes = seen[-1]
+        assert len(scenes) == 1000 and held_out(scenes).sum() == 1000 * new
+        assert (pictures > 0).sum((2, 3)).equal((2 + 2 * scenes[:, [0, 2]])**2)  # its own digits
+    told = net.encode_text(script.tokenize([script.caption(scene) for scene in scenes[:9].tolist()]))
+    torch.testing.assert_close(script.encode_captions(net, scenes[:9]), told)
+
+
+def test_chance_and_the_defaults_of_itc():
+    expected = {"image finds caption": 1 / 1000, "digit": 1 / 10, "color": 1 / 6, AXIS: 1 / 2,
+                "colors bound": 1 / 3, "places bound": 1 / 2}
+    assert script.CHANCE == pytest.approx(expected)
+    loss_function = script.ITC(Given())
+    assert (loss_function.M, loss_function.momentum) == (4096, 0.995)
 
 
 def test_measures_know_a_perfect_model(monkeypatch):
@@ -705,7 +762,7 @@ def test_wrong_settings_get_a_sentence(flags, word, capsys):
 
 
 @pytest.mark.parametrize("loss", ["clip", "itc"])
-def test_main_hands_on_data_and_flags_and_draws_what_it_finds(loss, tmp_path, monkeypatch):
+def test_main_hands_on_data_and_flags_and_draws_what_it_finds(loss, tmp_path, monkeypatch, capsys):
     seen = {}
 
     def spy(name, *results):
@@ -741,7 +798,13 @@ def test_main_hands_on_data_and_flags_and_draws_what_it_finds(loss, tmp_path, mo
     assert widths == [list(found[0].values()), list(found[1].values()), list(script.CHANCE.values())]
     assert [text.get_text() for text in bars.get_yticklabels()] == list(script.CHANCE)
     assert [text.get_text() for text in nearest.get_yticklabels()] == ["a red three", "a blue two above a red one"]
-    _, scenes = seen["render"][-1]
+    pictures, scenes = seen["render"][-1]
+    assert pictures[:, 0].equal(test_images[:5000]) and scenes[:, 0].equal(test_labels[:5000])
+    assert pictures[:, 1].sum((1, 2)).unique().numel() > 1000 and loss in curve.get_title()
+    assert [text.get_text() for text in bars.get_legend().get_texts()] == [*metrics["results"], "chance"]
+    told = capsys.readouterr().out
+    printed = json.loads(told[told.index("{"):told.rindex("}") + 1])
+    assert printed == {"chance": script.CHANCE, **metrics["results"]}
     assert len(scenes) == 5000 and not held_out(scenes).any()
     picture = np.asarray(nearest.images[0].get_array())
     assert picture.shape == (84, 252, 3)
