@@ -21,7 +21,7 @@ Weights  clip = CLIP(VisionTransformer(nn.Conv2d(3, 768, 32, 32, bias=False), 49
          loads OpenAI's ViT-B/32 with strict=True, without the three integers in its state_dict.
 Try      easy: --epochs 0 --load out/06_clip/model.pt --out out/try --prompt "a red one"
          medium: --twins 0.1, then 0.02. How many twins are enough to bind the places?
-         harder: SigLIP's loss with its bias: like `clip_loss`, in `losses` of main and in --loss.
+         harder: SigLIP's loss, like `clip_loss`; its bias (start: -ln B) belongs in `small_clip`.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def get_args(argv=None):
                      "--twins from 0 to 0.5")
     unknown = set(args.prompt.replace(";", " ").split()) - set(WORDS)
     if unknown or max(len(text.split()) for text in args.prompt.split(";")) > LENGTH - 2:
-        parser.error(f"--prompt: {unknown or 'too long'}; up to 10 of the words {WORDS}")
+        parser.error(f"--prompt: {unknown or 'too long'}; up to {LENGTH - 2} of {WORDS}")
     args.out += "/06_clip"
     return args
 
@@ -82,17 +82,17 @@ def get_args(argv=None):
 DIGITS = "zero one two three four five six seven eight nine".split()
 COLORS = {"red": (1, 0.25, 0.25), "green": (0.25, 1, 0.25), "blue": (0.35, 0.35, 1),
           "yellow": (1, 1, 0.25), "magenta": (1, 0.25, 1), "white": (1, 1, 1)}
-RELATIONS = [("above", "below"), ("left of", "right of")]  # seen from the first, from the second
+RELATIONS = [("above", "below"), ("left of", "right of")]  # `render` knows them as 0 and 1
 PHRASES = ["a {0} {1} a {2}", "the {0} is {1} the {2}", "there is a {0} {1} a {2}",
            "a {2} with a {0} {1} it"]
 TEXT = " ".join([*DIGITS, *COLORS, *sum(RELATIONS, ()), *PHRASES]).format("", "", "")
 WORDS = sorted(set(TEXT.split()))
 START, END = len(WORDS) + 1, len(WORDS) + 2  # tokens; 1 to len(WORDS) are words, 0 is padding
-LENGTH = 12  # tokens per sentence, START and END included
+LENGTH = 2 + max(len(text.format("1 2", "left of", "1 2").split()) for text in PHRASES)
 
 
 def caption(scene, way=0):
-    """The scene [digit, color, digit, color, relation] in words; ways 4 to 7: from the second."""
+    """The scene [digit, color, digit, color, relation] in words; later ways: from the second."""
     digit1, color1, digit2, color2, relation = scene
     names = list(COLORS)
     things = [f"{names[color1]} {DIGITS[digit1]}", f"{names[color2]} {DIGITS[digit2]}"]
@@ -129,14 +129,14 @@ def render(digits, scenes):
     """Digits uint8 (B, 2, 28, 28) and scenes (B, 5) -> images (B, 3, 40, 40) in [0, 1]."""
     if digits.dtype != torch.uint8:
         raise ValueError(f"expected uint8 images in 0..255, not {digits.dtype}")
-    B = len(scenes)
-    place = torch.tensor([[0, -0.5], [0, 0.5]]) + 0.2 * (torch.rand(B, 2, 2) - 0.5)  # x, y: -1 to 1
+    B, n = digits.shape[:2]
+    place = torch.tensor([[0, -0.5], [0, 0.5]]) + 0.2 * (torch.rand(B, n, 2) - 0.5)  # x, y: -1 to 1
     place = torch.where(scenes[:, 4, None, None] == 1, place.flip(2), place)  # left of: along x
-    size = 0.52 + 0.12 * torch.rand(B, 2, 1, 1)
-    affine = torch.cat([torch.eye(2).expand(B, 2, 2, 2), -place[..., None]], 3) / size
-    grid = F.affine_grid(affine.flatten(0, 1), [2 * B, 1, 40, 40], align_corners=False)
+    size = 0.52 + 0.12 * torch.rand(B, n, 1, 1)
+    affine = torch.cat([torch.eye(2).expand(B, n, 2, 2), -place[..., None]], 3) / size
+    grid = F.affine_grid(affine.flatten(0, 1), [B * n, 1, 40, 40], align_corners=False)
     ink = digits.flatten(0, 1)[:, None].float() / 255  # (B, 2, 28, 28) -> (2B, 1, 28, 28)
-    ink = F.grid_sample(ink, grid.to(ink), align_corners=False).view(B, 2, 1, 40, 40)
+    ink = F.grid_sample(ink, grid.to(ink), align_corners=False).view(B, n, 1, 40, 40)
     colors = torch.tensor(list(COLORS.values())).to(ink)[scenes[:, [1, 3]]]  # (B, 2, 3)
     return (ink * colors[..., None, None]).amax(1)  # (B, 2, 3, 40, 40) -> (B, 3, 40, 40)
 
@@ -254,13 +254,10 @@ class CLIP(nn.Module):
 
 # ---- The contrastive loss ------------------------------------------------------------
 def cross_entropy(logits, scenes, others):
-    """The mean cross-entropy in nats of logits (A, B); the right columns are on the diagonal.
-
-    Other copies of a row's scene are masked out; k equal scenes would cost at least ln k.
-    """
+    """The mean cross-entropy in nats of logits (A, B); the right columns are on the diagonal."""
     target = torch.arange(len(logits))
     duplicates = (scenes[:, None] == others).all(2)  # (A, 5), (B, 5) -> (A, B)
-    duplicates[target, target] = False
+    duplicates[target, target] = False  # other copies are masked out: k copies would cost ln k
     logits = logits.masked_fill(duplicates.to(logits.device), -math.inf)
     return F.cross_entropy(logits, target.to(logits.device))
 
