@@ -15,14 +15,14 @@ Sources  CLIP: Learning Transferable Visual Models From Natural Language Supervi
          When and Why Vision-Language Models Behave like Bags-of-Words, Yuksekgonul, 2210.01936
          text: 第6章 演習問題の解答, ex. 6.1, 6.2, 6.4, 6.6, 6.8
 Run      python 06_clip.py    (--quick for a smoke test, --help for the settings)
-Expect   5 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24) and results.png. In % of
-         1,000 unseen images, with pairs of digit and color as in training (with held-out pairs):
+Expect   5 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24), results.png. Of
+         1,000 unseen images, in %, with pairs of digit and color as in training (held-out pairs):
                     finds caption     digit       color        axis      colors      places
            default       99 (97)     97 (92)   100 (100)   100 (100)   100 (100)   100 (100)
            --twins 0     89 (96)     97 (82)   100 (100)   100 (100)     99 (97)     52 (50)
            chance            0.1          10          17          50          33          50
          Places need twins, colors do not. Caption found after 2 epochs, three seeds: batches of 32
-         42, 50, 68 by CLIP's loss, 82, 87 by ITC; of 256 62, 63 and 64.
+         42, 50, 68 by CLIP's loss, 82, 87, 92 by ITC; of 256 62, 63, 76 and 64, 72, 72.
 Weights  clip = CLIP(VisionTransformer(nn.Conv2d(3, 768, 32, 32, bias=False), 49, 768, 12, 12, 512),
                      49408, 77, 512, 12, 8, 512)
          loads OpenAI's ViT-B/32 with strict=True, without the three integers in its state_dict.
