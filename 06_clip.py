@@ -99,7 +99,7 @@ LENGTH = 2 + max(len(text.format("1 2", "left of", "1 2").split()) for text in P
 
 
 def caption(scene, way=0):
-    """A scene [digit, color, digit, color, relation] in words; ways 4 to 7 as the second sees it."""
+    """A scene [digit, color, digit, color, relation] in words; ways 4 to 7: from the second one."""
     digit1, color1, digit2, color2, relation = scene
     names = list(COLORS)
     things = [f"{names[color1]} {DIGITS[digit1]}", f"{names[color2]} {DIGITS[digit2]}"]
@@ -426,7 +426,7 @@ def plot(args, model, digits, labels, history, results):
     images = render(digits[index], scenes)
     prompts = [prompt.strip() for prompt in args.prompt.split(";")]
     cosines = model.encode_text(tokenize(prompts)) @ model.encode_image(images).T  # (P, 5000)
-    show_grid(axes[2], images[cosines.topk(6)[1].flatten()], 6, "nearest of 5,000; about 1 is exact")
+    show_grid(axes[2], images[cosines.topk(6)[1].flatten()], 6, "nearest of 5,000; about 1 exact")
     axes[2].set_yticks(range(21, 42 * len(prompts), 42), prompts)
     plt.savefig(f"{args.out}/results.png")
 
