@@ -35,9 +35,13 @@ def run(script, *flags, cwd):
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=240)
 
 
-def run_main(module, folder, *flags):
-    """`main` in this process, with --quick on drawn digits; returns the folder of the results."""
-    module.main(["--quick", "--data", "drawn", "--device", "cpu", "--out", str(folder), *flags])
+def run_main(module, folder, *flags, train=160, test=64):
+    """`main` in this process, with --quick on a few drawn digits; returns the folder of results."""
+    data = folder / f"digits_{train}_{test}"
+    if not data.exists():
+        write_data(data, drawn(train, test))
+    module.main(["--quick", "--data", str(data), "--batch-size", "32", "--device", "cpu",
+                 "--out", str(folder), *flags])
     return folder / module.__name__.removeprefix("script_")
 
 
@@ -123,40 +127,62 @@ def test_a_copied_file_runs_alone_offline_and_without_a_screen(script, shared):
             assert array.dtype == (np.int64 if name == "labels" else np.uint8)
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A function: script -> its module, and the results of one run of `main` in this process, in
+    a folder that held the results of an earlier run."""
+    done = {}
+
+    def train(script):
+        if script not in done:
+            folder = tmp_path_factory.mktemp(script.stem)
+            (folder / script.stem).mkdir()
+            for name in ("plane.png", "samples.npz", "metrics.json", "model.pt", "notes.txt"):
+                (folder / script.stem / name).write_text("old")
+            module = load_script(script)
+            done[script] = module, run_main(module, folder)
+        return done[script]
+
+    return train
+
+
 @each_script
-def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(script, shared, tmp_path):
-    module = load_script(script)
-    one = shared(script)[1] / "out" / script.stem
+def test_a_new_run_removes_the_results_of_an_earlier_one(script, trained):
+    _, out = trained(script)
+    assert not (out / "plane.png").exists() and (out / "notes.txt").read_text() == "old"
+    assert not any(path.read_bytes() == b"old" for path in out.iterdir() if path.suffix != ".txt")
+
+
+@each_script
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(script, trained, tmp_path):
+    module, one = trained(script)
     two = run_main(module, tmp_path / "two")
+    assert plt.get_fignums()  # still open: a notebook shows them
     three = run_main(module, tmp_path / "three", "--seed", "1")
     assert metrics_of(one)["results"] == metrics_of(two)["results"]
     assert metrics_of(one)["history"] == metrics_of(two)["history"]
     assert metrics_of(one)["results"] != metrics_of(three)["results"]
-    assert plt.get_fignums()  # still open: a notebook shows them
 
 
 @each_script
-def test_saved_weights_give_the_same_model(script, shared, tmp_path, capsys):
-    model = shared(script)[1] / "out" / script.stem / "model.pt"
-    module = load_script(script)
-    out = run_main(module, tmp_path, "--epochs", "0", "--load", str(model))
-    before, after = (torch.load(p, weights_only=True)["weights"] for p in (model, out / "model.pt"))
-    assert all(before[name].equal(after[name]) for name in before) and len(before) == len(after)
-    assert rows_of(metrics_of(out)["history"]) == [] and metrics_of(out)["results"]
-    trained = module.get_args(["--quick"]).epochs
-    assert f"('epochs', {trained})" in capsys.readouterr().out  # the settings that differ
-
-
-@each_script
-def test_a_file_pasted_into_a_notebook_cell_runs(script, tmp_path, monkeypatch):
+def test_a_file_pasted_into_a_notebook_cell_gives_the_same_model_from_saved_weights(
+        script, trained, tmp_path, monkeypatch, capsys):
+    module, one = trained(script)
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel-1234.json"])
     source = script.read_text(encoding="utf-8")
     body, guard = source.split('if __name__ == "__main__":')
     cell = {"__name__": "__main__"}
     exec(compile(body, "<cell>", "exec"), cell)
     assert cell["get_args"]([]).epochs > 0
-    cell["main"](["--quick", "--data", "drawn", "--epochs", "0", "--out", str(tmp_path)])
-    assert rows_of(metrics_of(tmp_path / script.stem)["history"]) == []
+    model = one / "model.pt"
+    cell["main"](["--quick", "--data", str(one.parent / "digits_160_64"), "--epochs", "0",
+                  "--load", str(model), "--out", str(tmp_path)])
+    out = tmp_path / script.stem
+    before, after = (torch.load(p, weights_only=True)["weights"] for p in (model, out / "model.pt"))
+    assert all(before[name].equal(after[name]) for name in before) and len(before) == len(after)
+    assert rows_of(metrics_of(out)["history"]) == [] and metrics_of(out)["results"]
+    epochs = module.get_args(["--quick"]).epochs
+    assert f"('epochs', {epochs})" in capsys.readouterr().out  # the settings that differ
     calls = []
     exec(guard.strip(), {"main": calls.append})
     exec(guard.strip(), {"main": calls.append, "__file__": "copy.py"})
@@ -164,7 +190,8 @@ def test_a_file_pasted_into_a_notebook_cell_runs(script, tmp_path, monkeypatch):
 
 
 @each_script
-def test_an_interrupted_training_is_evaluated_drawn_and_saved(script, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_training_is_evaluated_on_nine_images_drawn_and_saved(
+        script, tmp_path, monkeypatch, capsys):
     module = load_script(script)
     progress, calls = module.progress, []
 
@@ -175,10 +202,11 @@ def test_an_interrupted_training_is_evaluated_drawn_and_saved(script, tmp_path, 
             raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "progress", interrupted)
-    out = run_main(module, tmp_path)
+    out = run_main(module, tmp_path, test=9)
     assert "stopped early" in capsys.readouterr().out
     metrics = metrics_of(out)
     assert metrics["results"] and len(rows_of(metrics["history"])) == 3
+    assert metrics["data"] == str(tmp_path / "digits_160_9")
     assert (out / "model.pt").exists() and list(out.glob("*.png"))
 
 
@@ -194,17 +222,6 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     assert process.returncode == 0 and "Traceback" not in errors and "stopped" in output
     out = tmp_path / "out" / SCRIPTS[0].stem
     assert metrics_of(out)["history"] and (out / "model.pt").exists()
-
-
-@each_script
-def test_a_new_run_removes_the_results_of_an_earlier_one(script, tmp_path):
-    out = tmp_path / script.stem
-    out.mkdir()
-    for name in ("plane.png", "samples.npz", "metrics.json", "model.pt", "notes.txt"):
-        (out / name).write_text("old")
-    run_main(load_script(script), tmp_path, "--epochs", "0")
-    assert not (out / "plane.png").exists() and (out / "notes.txt").read_text() == "old"
-    assert not any(path.read_bytes() == b"old" for path in out.iterdir() if path.suffix != ".txt")
 
 
 @each_script
@@ -256,13 +273,6 @@ def test_images_in_another_format_are_refused(script, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_data", lambda args: (images, labels, images, labels, "mine"))
     with pytest.raises(ValueError, match="uint8.*float32"):
         run_main(module, tmp_path)
-
-
-@each_script
-def test_nine_test_images_are_enough(script, tmp_path):
-    write_data(tmp_path / "mine", 40, 9)
-    run_main(load_script(script), tmp_path, "--data", str(tmp_path / "mine"), "--epochs", "1")
-    assert metrics_of(tmp_path / script.stem)["data"] == str(tmp_path / "mine")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -366,21 +376,18 @@ def idx(array):
     return struct.pack(f">{1 + array.ndim}i", 2048 + array.ndim, *array.shape) + array.tobytes()
 
 
-def arrays(train, test):
+def drawn(train, test):
     """Small data of MNIST's form under MNIST's names."""
-    random = np.random.default_rng(0)
-    return {"train-images-idx3-ubyte": random.integers(0, 256, (train, 28, 28), dtype=np.uint8),
-            "train-labels-idx1-ubyte": np.arange(train, dtype=np.uint8) % 10,
-            "t10k-images-idx3-ubyte": random.integers(0, 256, (test, 28, 28), dtype=np.uint8),
-            "t10k-labels-idx1-ubyte": np.arange(test, dtype=np.uint8) % 10}
+    data = [*first.draw_characters(train, 0), *first.draw_characters(test, 1)]
+    return {name: tensor.byte().numpy() for name, tensor in zip(first.MNIST, data)}
 
 
-SMALL = arrays(6, 3)
+SMALL = drawn(6, 3)
 
 
-def write_data(folder, train=6, test=3):
-    folder.mkdir()
-    for i, (name, array) in enumerate(arrays(train, test).items()):  # some gzipped, some not
+def write_data(folder, arrays=SMALL):
+    folder.mkdir(parents=True)
+    for i, (name, array) in enumerate(arrays.items()):  # some gzipped, some not
         path = folder / (name + ".gz" * (i % 2))
         path.write_bytes(gzip.compress(idx(array)) if i % 2 else idx(array))
 
