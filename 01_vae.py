@@ -1,4 +1,4 @@
-"""The variational autoencoder (VAE): a latent-variable model of images, trained on a lower bound.
+"""The variational autoencoder (VAE): a latent-variable model of images, trained by a bound.
 
     p(z) = N(0, I)                                        prior
     p(x | z) = N(x̂(z), σ² I)                              decoder, σ learned (the text sets σ = 1)
@@ -8,16 +8,17 @@
 Sources  VAE: Auto-Encoding Variational Bayes, Kingma, Welling, arXiv:1312.6114
          IWAE: Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, arXiv:1509.00519
          text: 拡散モデルの理論, section 8.1.1 and appendix C
-Run      python 01_vae.py    (--book: the model of the book behind the text; --quick; --help)
-Expect   57 seconds on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24), and two pictures.
-         Test images, in nats (the mean image, with the best σ, has an ELBO of -56):
+Run      python 01_vae.py    (--quick for a smoke test, --help for the settings)
+Expect   57 seconds on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24); two pictures.
+         Test images, in nats (always predicting the mean image, with the best σ: an ELBO of -56):
          this file   ELBO +811   KL 68.0   20 of 20 latents in use   squared error 4.86 ≈ 784 σ²
          --sigma 1   ELBO -739   KL  6.8   10 of 20                  24.4
          --book      ELBO -740   KL  6.6   10 of 20                  25.2; + 2 KL, its loss: 38.3
-         σ = 1 says that pixels in [0, 1] are right to ±1. A latent pays for its KL if it explains
-         more variance than σ²: here only half explain more than 1, so images are blurred.
-Try      easy: --latent-dim 2: instead of samples, the decoder's image of each point of the plane.
-         medium: --sigma 1, 0.3 and 0.1: how many latents are in use, how sharp are the images?
+         With σ = 1, pixels are predicted to ±1: a latent that explains less variance than that,
+         summed over pixels, does not pay for its KL. Half go unused, and the images are blurred.
+Read     Start with `VAE.elbo` and `train`; the rest can wait.
+Try      easy: --latent-dim 2: instead of samples, the decoder's images on a grid over the plane.
+         medium: --sigma 1, 0.3 and 0.1: how many latents are in use, and how sharp are images?
          harder: a β-VAE: weight the KL by 4 in `train`. What happens to the samples, and why?
 """
 
@@ -51,13 +52,13 @@ def get_args(argv=None):
     add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
     add("--epochs", type=int, default=12, help="passes over the training images")
     add("--batch-size", type=int, default=128, help="images per step")
-    add("--lr", type=float, default=4e-3, help="initial learning rate")
+    add("--lr", type=float, default=4e-3, help="highest learning rate")
     add("--train-size", type=int, default=60000, help="number of training images")
     add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
     add("--quick", action="store_true", help="smoke test: a short run on 512 images")
-    add("--book", action="store_true", help="the book's network, settings and constant --lr")
+    add("--book", action="store_true", help="the model and settings of the book behind the text")
     add("--latent-dim", type=int, default=20, help="number of latents, the size of z")
-    add("--sigma", type=float, default=0, help="standard deviation σ of a pixel; 0 learns it")
+    add("--sigma", type=float, default=0, help="standard deviation σ of a pixel; 0: it is learned")
     args = parser.parse_args(argv)
     if args.book:  # flags given on the command line override these
         parser.set_defaults(epochs=30, batch_size=32, lr=3e-4, sigma=1.0)
@@ -65,14 +66,14 @@ def get_args(argv=None):
         parser.set_defaults(epochs=2, train_size=512)
     args = parser.parse_args(argv)
     if args.epochs < 0 or min(args.batch_size, args.lr, args.train_size) <= 0:
-        parser.error("--epochs must be at least 0, --batch-size, --lr and --train-size above 0")
+        parser.error("--epochs must be >= 0; --batch-size, --lr and --train-size > 0")
     args.out += "/01_vae"
     return args
 
 
 # ---- The model and the ELBO ----------------------------------------------------------
 def pixel_log_density(x, x_hat, logvar):
-    """log p(x | z) = log N(x; x̂, σ²) of each pixel, nats; for another density, change this."""
+    """log p(x | z) = log N(x; x̂, σ²) of each pixel, in nats; change this for another density."""
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - x_hat).square() * (-logvar).exp())
 
 
@@ -82,12 +83,12 @@ def gaussian_kl(mu, logvar):
 
 
 def reparameterize(mu, logvar):
-    """Draws z = μ + σ ε from N(μ, σ²); gradients reach μ and log σ² (VAE section 2.4)."""
+    """Draws z = μ + σ ε from N(μ, σ²); gradients reach μ and log σ² (VAE section 2.4; text C.3)."""
     return mu + (0.5 * logvar).exp() * torch.randn_like(mu)
 
 
 class VAE(nn.Module):
-    """p(z) p(x | z) and q(z | x), x (N, 784) in [0, 1]; all pixels share σ, sigma=0 learns it."""
+    """p(z) p(x | z) and q(z | x) for x (B, 784) in [0, 1]; one σ for all pixels, learned if 0."""
 
     def __init__(self, latent_dim=20, sigma=0, book=False):
         super().__init__()
@@ -95,46 +96,45 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(784, h), activation, nn.Linear(h, 2 * latent_dim))
         self.decoder = nn.Sequential(
             nn.Linear(latent_dim, h), activation, nn.Linear(h, 784), nn.Sigmoid())
-        logvar = torch.tensor(2 * math.log(sigma or 0.3))  # 0.3: a rough start
+        logvar = torch.tensor(2 * math.log(sigma or 0.3))  # learned σ: start at 0.3
         self.logvar = nn.Parameter(logvar, requires_grad=sigma == 0)  # log σ²
 
     def encode(self, x):
-        """x (N, 784) -> mean and log-variance of q(z | x), each (N, latent_dim)."""
-        mu, logvar = self.encoder(x).chunk(2, -1)  # (N, 2 latent_dim) -> twice (N, latent_dim)
+        """x (B, 784) -> mean and log-variance of q(z | x), each (B, latent_dim)."""
+        mu, logvar = self.encoder(x).chunk(2, -1)  # (B, 2 latent_dim) -> (B, latent_dim) each
         return mu, logvar.clamp(-20, 20)  # exp(logvar) neither underflows nor overflows
 
     def decode(self, z):
-        """z (N, latent_dim) -> x̂ (N, 784), the mean of p(x | z)."""
+        """z (B, latent_dim) -> x̂ (B, 784), the mean of p(x | z)."""
         return self.decoder(z)
 
     def elbo(self, x):
-        """The ELBO's terms in nats, each (N,): E_q[log p(x | z)] estimated at one z, and the KL."""
+        """The ELBO's terms in nats, each (B,): E_q[log p(x | z)] estimated at one z, and the KL."""
         mu, logvar = self.encode(x)
         x_hat = self.decode(reparameterize(mu, logvar))
         reconstruction = pixel_log_density(x, x_hat, self.logvar).sum(1)
         return reconstruction, gaussian_kl(mu, logvar).sum(1)
 
     def importance_bound(self, x, K):
-        """log 1/K Σ_k p(x, z_k) / q(z_k | x) in nats (N,); it grows with K (IWAE eq. 8)."""
-        x = x.expand(K, -1, -1)  # (N, 784) -> (K, N, 784)
+        """log(1/K Σ_k p(x, z_k) / q(z_k | x)) in nats (B,); its mean grows with K (IWAE eq. 8)."""
         mu, logvar = self.encode(x)
-        eps = torch.randn_like(mu)
+        eps = torch.randn(K, *mu.shape).to(mu)  # (K, B, latent_dim)
         z = mu + (0.5 * logvar).exp() * eps
-        log_p_x = pixel_log_density(x, self.decode(z), self.logvar).sum(-1)  # log p(x | z): (K, N)
+        log_p_x = pixel_log_density(x, self.decode(z), self.logvar).sum(-1)  # log p(x | z): (K, B)
         log_ratio = 0.5 * (logvar + eps.square() - z.square()).sum(-1)  # log p(z) - log q(z | x)
         return (log_p_x + log_ratio).logsumexp(0) - math.log(K)
 
 
 # ---- Training ------------------------------------------------------------------------
 def scale(images):
-    """uint8 (N, 28, 28) in 0..255 -> float (N, 784) in [0, 1]."""
+    """uint8 (B, 28, 28) in 0..255 -> float (B, 784) in [0, 1]."""
     if images.dtype != torch.uint8:
         raise ValueError(f"expected uint8 images in 0..255, not {images.dtype}")
     return images.flatten(1).float() / 255
 
 
 def train(args, model, images, history):
-    """Maximizes the ELBO of uint8 images (N, 28, 28); appends its terms to `history`."""
+    """Minimizes -ELBO on uint8 images (N, 28, 28); appends the last batch's terms to `history`."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)  # lr falls to 0
@@ -156,6 +156,18 @@ def train(args, model, images, history):
                 progress(step, steps, began, terms)
 
 
+def evaluate(model, x):
+    """Means over test images x (N, 784); all but the squared error in nats."""
+    reconstruction, kl = model.elbo(x)
+    x_hat = model.decode(reparameterize(*model.encode(x)))
+    return {
+        "ELBO": (reconstruction - kl).mean().item(),
+        "importance-weighted bound, first 500": model.importance_bound(x[:500], 100).mean().item(),
+        "KL": kl.mean().item(),
+        "squared error": (x - x_hat).square().sum(1).mean().item(),
+    }
+
+
 # ---- Main and figures ----------------------------------------------------------------
 def main(argv=None):
     args = get_args(argv)
@@ -171,7 +183,7 @@ def main(argv=None):
     try:
         train(args, model, images.to(device), history)
     except KeyboardInterrupt:
-        print("Training stopped early; evaluating and saving the current model.")
+        print("Training stopped early; saving and evaluating the current model.")
     save_model(args, model)
     x = scale(test_images).to(device)
     with torch.no_grad():
@@ -182,43 +194,31 @@ def main(argv=None):
     save_metrics(args, results, history, source, began)
 
 
-def evaluate(model, x):
-    """Means over test images x (N, 784); all but the squared error in nats."""
-    reconstruction, kl = model.elbo(x)
-    x_hat = model.decode(reparameterize(*model.encode(x)))
-    return {
-        "ELBO": (reconstruction - kl).mean().item(),
-        "importance-weighted bound, first 500": model.importance_bound(x[:500], 100).mean().item(),
-        "KL": kl.mean().item(),
-        "squared error": (x - x_hat).square().sum(1).mean().item(),
-    }
-
-
 def plot_training(args, model, x, history):
-    """The two terms of the ELBO during training, and the KL of each latent at the end."""
+    """Draws the two terms of the ELBO during training, and the KL of each latent at the end."""
     _, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     for axis, name in zip(axes, ["reconstruction", "KL"]):
         axis.plot([row["step"] for row in history], [row[name] for row in history])
-        axis.set(title=f"{name} by training step, nats per image")
+        axis.set(xlabel="step", title=f"{name} in nats per image")
     latent_kl = gaussian_kl(*model.encode(x)).mean(0).cpu()
     axes[2].bar(range(args.latent_dim), latent_kl)
-    axes[2].set(title=f"KL of each latent in nats: {(latent_kl > 0.01).sum()} are in use")
+    axes[2].set(title=f"KL of each latent in nats ({(latent_kl > 0.01).sum()} in use, above 0.01)")
     plt.savefig(f"{args.out}/training.png")
 
 
 def plot_images(args, model, x):
-    """Reconstructions and interpolations of test images; samples, or the plane of two latents."""
+    """Draws reconstructions, interpolations, and samples (or the plane of two latents)."""
     mu, _ = model.encode(x[:9])
     paths = torch.lerp(mu[:7, None], mu[1:8, None], torch.linspace(0, 1, 9).to(x)[:, None])
     z = torch.randn(81, args.latent_dim)
     if args.latent_dim == 2:
-        ticks = torch.special.ndtri(torch.linspace(0.05, 0.95, 9))  # evenly spaced quantiles
+        ticks = torch.special.ndtri(torch.linspace(0.05, 0.95, 9))  # quantiles of N(0, 1)
         z = torch.cartesian_prod(-ticks, ticks).flip(1)  # z_1 grows to the right, z_2 upward
     left = torch.cat([x[:9], model.decode(mu), *model.decode(paths)])
     right = model.decode(z.to(x))
     _, axes = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
-    show_grid(axes[0], left.view(-1, 1, 28, 28), 9, "x, x̂, and straight lines in z")
-    show_grid(axes[1], right.view(-1, 1, 28, 28), 9, "x̂(z) for z from the prior, or over the plane")
+    show_grid(axes[0], left.view(-1, 1, 28, 28), 9, "x; x̂; straight lines in z between images")
+    show_grid(axes[1], right.view(-1, 1, 28, 28), 9, "x̂(z): z from the prior, or over the plane")
     plt.savefig(f"{args.out}/images.png")
 
 

@@ -1,28 +1,28 @@
-"""The two-level VAE of the text's appendix C, and what keeps it from working as printed.
+"""The two-level VAE: z2 explains z1, and z1 explains the image x. Why does it fail as printed?
 
-A second latent z2 explains the first, z1, and z1 explains the image x. All densities are Gaussian.
-    p(z2) = N(0, I), p(z1 | z2), p(x | z1) = N(x̂(z1), σ² I); posterior q(z1 | x), q(z2 | z1)
-    log p(x) ≥ ELBO = J1 + J2 + J3, J1 = E_q[log p(x | z1)]      reconstruction
+    p(z2) = N(0, I), p(z1 | z2), p(x | z1) = N(x̂(z1), σ² I)      and encoders q(z1 | x), q(z2 | z1)
+    log p(x) ≥ ELBO = J1 + J2 + J3,  J1 = E_q[log p(x | z1)]     reconstruction
     J2 = -E_q[KL(q(z2 | z1) ‖ p(z2))]                            minus the cost of level 2
     J3 = E_q[log p(z1 | z2) - log q(z1 | x)]                     minus the cost of level 1
-Three faults: 1. Imports and classes are commented out, a NameError (mended, in --as-printed too).
-   2. -J3 is computed as KL(q(z1 | x) ‖ p(z1 | z2)), as if z1 were drawn anew; but z2 comes from
-   this very z1. For p(z1 | z2) = N(b z2, 1) and q(z2 | z1) with mean a z1, that adds a·b·σ1² nats
-   per dimension: if a·b > 0, a penalty on what z2 knows of z1. 3. σ = 1, also in p(z1 | z2): errors
-   cost little, so z1 carries few nats (see 01_vae.py). Only 2 and 3 together switch z2 off.
+
+Faults   of the text's code: 1. Imports and classes are commented out: a NameError (mended here).
+         2. -J3 is computed as KL(q(z1 | x) ‖ p(z1 | z2)), as if z1 were drawn anew; but z2 is drawn
+         from this z1. If p(z1 | z2) = N(b z2, 1), q(z2 | z1) has mean a z1 and q(z1 | x) variance
+         σ1², that adds a·b·σ1² nats per dimension: if a·b > 0, a penalty on what z2 knows of z1.
+         3. σ = 1, also in p(z1 | z2): z1 carries few nats. Only 2 and 3 together switch z2 off.
 Sources  text: 拡散モデルの理論, appendix C
-         VAE: Auto-Encoding Variational Bayes, Kingma, Welling, arXiv:1312.6114
-Run      python 02_hvae.py    (2.5 minutes on two CPU cores; --as-printed for the text's model)
-Expect   Test images, nats; samples: Fréchet distance; seeds 0-2 ± maximum (AMD EPYC, 2026-11-24):
-                                            ELBO          level 1     level 2     04_vit.py --judge
+Run      python 02_hvae.py    (--quick for a smoke test, --help for the settings)
+Expect   2.5 minutes on two CPU cores (AMD EPYC, real MNIST, 2026-11-26); two pictures.
+         Seeds 0-2 ± largest deviation:     ELBO, nats    level 1     level 2     04_vit.py --judge
          fixed: σ learned, sampled -J3      +801.7 ± 1.3  47.7 ± 0.7  9.0 ± 0.6       4.9 ± 0.4
          closed form (fault 2)              +799.2 ± 2.8  48.6 ± 0.4  8.3 ± 0.3       5.0 ± 0.6
          sigma 1 (fault 3)                  -739.1 ± 0.1   3.3 ± 0.3  3.3 ± 0.2       7.8 ± 0.6
          sigma 1, closed form (2 and 3)     -739.4 ± 0.1   6.7 ± 0.1  0.000 ± 0.001  11.7 ± 1.8
          one level (a smaller net than 01)  +779.5 ± 0.8  64.5 ± 0.1  -              27.8 ± 1.2
-Try      easy: --as-printed: level 2 costs nothing. What are draws from p(z1 | z2) like then?
+Read     Start with `TwoLevelVAE.elbo` and `train`; the rest can wait.
+Try      easy: --as-printed: level 2 costs nothing. What do draws from p(z1 | z2) look like then?
          medium: --latent-dim 5: what does each level cost then, and what do the samples lose?
-         harder: a third level: two networks like `encoder2` and `decoder2`, between z2 and z3.
+         harder: add a third level: two networks like `encoder2` and `decoder2`, between z2 and z3.
 """
 
 import argparse
@@ -55,12 +55,12 @@ def get_args(argv=None):
     add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
     add("--epochs", type=int, default=10, help="passes over the training images, for each model")
     add("--batch-size", type=int, default=128, help="images per step")
-    add("--lr", type=float, default=4e-3, help="initial learning rate")
+    add("--lr", type=float, default=4e-3, help="highest learning rate")
     add("--train-size", type=int, default=60000, help="number of training images")
     add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
     add("--quick", action="store_true", help="smoke test: a short run on 512 images")
-    add("--as-printed", action="store_true", help="only the text's model (with its imports)")
-    add("--latent-dim", type=int, default=20, help="size of z1 and of z2")
+    add("--as-printed", action="store_true", help="only the text's model, with its settings")
+    add("--latent-dim", type=int, default=20, help="number of latents, the size of z1 and of z2")
     args = parser.parse_args(argv)
     if args.as_printed:  # flags given on the command line override these
         parser.set_defaults(epochs=30, batch_size=32, lr=1e-3)
@@ -68,7 +68,7 @@ def get_args(argv=None):
         parser.set_defaults(epochs=2, train_size=512)
     args = parser.parse_args(argv)
     if args.epochs < 0 or min(args.batch_size, args.lr, args.train_size) <= 0:
-        parser.error("--epochs must be at least 0, --batch-size, --lr and --train-size above 0")
+        parser.error("--epochs must be >= 0; --batch-size, --lr and --train-size > 0")
     args.out += "/02_hvae"
     return args
 
@@ -81,8 +81,8 @@ def gaussian_log_density(x, mu, logvar):
 
 def gaussian_kl(mu, logvar, prior_mu, prior_logvar):
     """KL(N(μ, σ²) ‖ N(prior μ, prior σ²)) of each element, in nats (text C.3: prior σ² = 1)."""
-    ratio = logvar - prior_logvar
-    return 0.5 * (ratio.exp() - 1 - ratio + (mu - prior_mu).square() * (-prior_logvar).exp())
+    log_ratio = logvar - prior_logvar
+    return 0.5 * (log_ratio.exp() - 1 - log_ratio + (mu - prior_mu).square() / prior_logvar.exp())
 
 
 def reparameterize(mu, logvar):
@@ -91,7 +91,7 @@ def reparameterize(mu, logvar):
 
 
 def mlp(sizes, activation):
-    """A network of linear layers, (N, sizes[0]) -> (N, sizes[-1]), with activations in between."""
+    """A network of linear layers, (B, sizes[0]) -> (B, sizes[-1]), with activations in between."""
     layers = []
     for d_in, d_out in zip(sizes, sizes[1:]):
         layers += [nn.Linear(d_in, d_out), activation]
@@ -99,15 +99,15 @@ def mlp(sizes, activation):
 
 
 def gaussian(parameters):
-    """Splits a network's output (N, 2 d) into mean and log-variance of a Gaussian, each (N, d)."""
+    """Splits a network's output (B, 2 d) into a Gaussian's mean and log-variance, each (B, d)."""
     mu, logvar = parameters.chunk(2, 1)
     return mu, logvar.clamp(-20, 20)  # exp(logvar) neither underflows nor overflows
 
 
 class TwoLevelVAE(nn.Module):
-    """p(z2) p(z1 | z2) p(x | z1), q(z1 | x) q(z2 | z1); x (N, 784) in [0, 1]. levels=1: no z2."""
+    """p(z2) p(z1 | z2) p(x | z1), q(z1 | x) q(z2 | z1); x (B, 784) in [0, 1]. levels=1: no z2."""
 
-    def __init__(self, latent_dim=20, learn_sigma=True, level1="sampled", levels=2, as_printed=False):
+    def __init__(self, latent_dim, learn_sigma=True, level1="sampled", levels=2, as_printed=False):
         super().__init__()
         self.learn_sigma = learn_sigma  # False: p(x | z1) and p(z1 | z2) have variance 1
         self.level1 = level1  # cost of level 1 in training: "sampled" or "closed_form"
@@ -120,17 +120,17 @@ class TwoLevelVAE(nn.Module):
         self.decoder2 = mlp([latent_dim, *hidden2, d_prior], activation)  # p(z1 | z2)
         decoder1 = mlp([latent_dim, *hidden1, 784], activation)
         self.decoder1 = nn.Sequential(decoder1, nn.Sigmoid())  # x̂(z1), the mean of p(x | z1)
-        logvar = torch.tensor(2 * math.log(0.3) if learn_sigma else 0.0)
+        logvar = torch.tensor(2 * math.log(0.3) if learn_sigma else 0.0)  # learned σ: start at 0.3
         self.logvar = nn.Parameter(logvar, requires_grad=learn_sigma)  # log σ² of p(x | z1)
 
     def prior(self, z2):
-        """Mean and log-variance of p(z1 | z2), each (N, latent_dim)."""
+        """Mean and log-variance of p(z1 | z2), each (B, latent_dim)."""
         if self.learn_sigma:
             return gaussian(self.decoder2(z2))
         return self.decoder2(z2), torch.zeros_like(z2)
 
     def elbo(self, x, level1="sampled"):
-        """J1 (N,) and the costs [-J3, -J2] of levels 1 and 2, each (N,), in nats."""
+        """J1 and the costs of the levels, [-J3, -J2], or [KL] if levels=1, each (B,), in nats."""
         mu1, logvar1 = gaussian(self.encoder1(x))
         z1 = reparameterize(mu1, logvar1)
         J1 = gaussian_log_density(x, self.decoder1(z1), self.logvar).sum(1)
@@ -140,13 +140,13 @@ class TwoLevelVAE(nn.Module):
         prior = self.prior(reparameterize(mu2, logvar2))
         if level1 == "sampled":  # -J3 at the drawn pair z1, z2
             cost1 = gaussian_log_density(z1, mu1, logvar1) - gaussian_log_density(z1, *prior)
-        else:  # KL(q(z1 | x) ‖ p(z1 | z2)), text C.3 item 3: fault 2
+        else:  # fault 2: KL(q(z1 | x) ‖ p(z1 | z2)), text C.3 item 3
             cost1 = gaussian_kl(mu1, logvar1, *prior)
         cost2 = gaussian_kl(mu2, logvar2, 0 * z1, 0 * z1)  # -J2: KL(q(z2 | z1) ‖ p(z2))
         return J1, [cost1.sum(1), cost2.sum(1)]
 
     def sample(self, z):
-        """z (N, latent_dim) from N(0, I) at the top level -> images (N, 784), the means x̂(z1)."""
+        """z (B, latent_dim) from N(0, I) at the top level -> images (B, 784), the means x̂(z1)."""
         if self.levels == 2:
             z = reparameterize(*self.prior(z))
         return self.decoder1(z)
@@ -154,14 +154,14 @@ class TwoLevelVAE(nn.Module):
 
 # ---- Training ------------------------------------------------------------------------
 def scale(images):
-    """uint8 (N, 28, 28) in 0..255 -> float (N, 784) in [0, 1]."""
+    """uint8 (B, 28, 28) in 0..255 -> float (B, 784) in [0, 1]."""
     if images.dtype != torch.uint8:
         raise ValueError(f"expected uint8 images in 0..255, not {images.dtype}")
     return images.flatten(1).float() / 255
 
 
 def train(args, model, images, test_x, history):
-    """Maximizes the ELBO of uint8 images (N, 28, 28); appends results on test_x to `history`."""
+    """Minimizes -ELBO on uint8 images (N, 28, 28); appends results on test_x to `history`."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)  # lr falls to 0
@@ -170,7 +170,7 @@ def train(args, model, images, test_x, history):
     for epoch in range(args.epochs):
         for batch in torch.randperm(len(images)).split(args.batch_size):
             J1, costs = model.elbo(scale(images[batch]), model.level1)
-            loss = (sum(costs) - J1).mean()  # -ELBO
+            loss = (sum(costs) - J1).mean()  # -ELBO (but for fault 2)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -206,7 +206,7 @@ def main(argv=None):
         settings = {"as printed": {**settings["sigma 1, closed form"], "as_printed": True}}
     models = nn.ModuleDict()
     for name in settings:
-        torch.manual_seed(args.seed)  # so that no model depends on those before it
+        torch.manual_seed(args.seed)  # so that no model depends on the ones before it
         models[name] = TwoLevelVAE(args.latent_dim, **settings[name]).to(device)
     if args.load:
         load_weights(args, models)
@@ -217,20 +217,20 @@ def main(argv=None):
             torch.manual_seed(args.seed)
             train(args, model, images.to(device), x[:1000], history[name])
     except KeyboardInterrupt:
-        print("Training stopped early; evaluating and saving all models, trained or not.")
+        print("Training stopped early; saving and evaluating all models, trained or not.")
     save_model(args, models)
     results = {}
     for name, model in models.items():
         torch.manual_seed(args.seed)
         results[name] = evaluate(model, x)
-    with torch.no_grad():
-        plot_images(args, models, x[:10])
+    plot_images(args, models, x[:10])
     print(json.dumps(results, indent=1))
     save_metrics(args, results, history, source, began)
 
 
+@torch.no_grad()
 def plot_images(args, models, x):
-    """What the levels of the first model keep of images x; samples of each model, also as .npz."""
+    """Draws what each level of the first model keeps of images x, and samples (also as .npz)."""
     model = next(iter(models.values()))
     mu1, _ = gaussian(model.encoder1(x))
     mu2, _ = gaussian(model.encoder2(mu1))
@@ -238,7 +238,7 @@ def plot_images(args, models, x):
     rows = [x, model.decoder1(mu1), model.decoder1(prior[0])]
     rows += [model.decoder1(reparameterize(*prior)) for _ in range(4)]
     _, axes = plt.subplots(figsize=(8, 6), layout="constrained")
-    title = "x; its z1; its z2; four draws of z1 from p(z1 | z2)"
+    title = "x; decoded from z1; from the mean of p(z1 | z2); from four draws"
     show_grid(axes, torch.cat(rows).view(-1, 1, 28, 28), len(x), title)
     plt.savefig(f"{args.out}/levels.png")
     z = torch.randn(1000, args.latent_dim).to(x)

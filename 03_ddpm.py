@@ -6,15 +6,16 @@
     p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), β_t I)                 reverse process: remove noise
     L_{t-1} = KL(q(x_{t-1} | x_t, x_0) ‖ p_θ(x_{t-1} | x_t))   the bound's term for step t > 1
     -log p_θ(x_0) ≤ E[L_T + Σ_{t=2..T} L_{t-1} + L_0]          with L_0 = -log p_θ(x_0 | x_1)
+                                                               and L_T = KL(q(x_T | x_0) ‖ N(0, I))
     L_simple = E (ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t))²          the training loss, a mean over pixels
 
 Sources  DDPM: Denoising Diffusion Probabilistic Models, Ho, Jain, Abbeel, arXiv:2006.11239
          DDIM: Denoising Diffusion Implicit Models, Song, Meng, Ermon, arXiv:2010.02502
-         text: 拡散モデルの理論, sections 8.2-8.4; ex. 5.x and the book's eq. 5.x: 第5章 演習問題の解答
+         texts: 拡散モデルの理論, sections 8.2-8.4; for ex. 5.x and eq. 5.x: 第5章 演習問題の解答
 Run      python 03_ddpm.py    (--quick for a smoke test, --help for the settings)
-Expect   8 minutes on two CPU cores; L_simple 0.0231, the bound 2.04 bits/dim (16 test images),
-         and four pictures. --samples 1000, then 04_vit.py --load out/04_vit/model.pt --judge FILE:
-                                                over 95% sure   Fréchet distance
+Expect   8 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); four pictures.
+         L_simple 0.0231; bound 2.04 bits/dim (16 test images). 1,000 samples, 04_vit.py --judge:
+                                           clear (over 95% sure)   Fréchet distance
          this file: DDIM, 50 steps, η = 1.9          80%             2.2
          the same with η = 0                         68%             4.6
          Algorithm 2 (--ddim-steps 0; 500 samples)   75%             3.1
@@ -23,9 +24,8 @@ Expect   8 minutes on two CPU cores; L_simple 0.0231, the bound 2.04 bits/dim (1
            DDIM, η = 1.9 (another seed)              73% (72%)       4.7 (4.9)
            with averaged weights (not here)          71%             4.7
            with v-prediction (not here)              76%             4.5
-           with t from Beta(1.5, 2.3) (not here)     75% (74%)       3.1 (4.1)
-         η = 1.9 is an experimental choice: the extra noise lets later steps correct errors of the
-         network. (Real MNIST, seed 0, AMD EPYC, 2026-11-24.)
+           with t/T from Beta(1.5, 2.3) (not here)   75% (74%)       3.1 (4.1)
+         η = 1.9 was found by experiment: the noise lets later steps correct the network's errors.
 Read     Start with `Diffusion` and `train`: `train` is Algorithm 1, `sample` is Algorithm 2.
 Try      easy: --epochs 0 --load out/03_ddpm/model.pt --out out/try --ddim-steps 10 (or 5, or 0).
          medium: other values of `eta` in `main`; at how many steps does eta = 0 beat 1.9?
@@ -44,7 +44,7 @@ import urllib.request
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads release their cores sooner
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # a Mac's GPU lacks some operations
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # a Mac's GPU lacks log_ndtr
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -63,26 +63,26 @@ def get_args(argv=None):
     add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
     add("--epochs", type=int, default=8, help="passes over the training images")
     add("--batch-size", type=int, default=32, help="images per step")
-    add("--lr", type=float, default=2e-3, help="initial learning rate")
+    add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--train-size", type=int, default=60000, help="number of training images")
     add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
     add("--quick", action="store_true", help="smoke test: a short run on 512 images")
     add("--T", type=int, default=1000, help="number of diffusion steps")
     add("--samples", type=int, default=100, help="number of generated images, a multiple of 10")
-    add("--ddim-steps", type=int, default=50, help="steps of DDIM; 0: Algorithm 2, all T")
+    add("--ddim-steps", type=int, default=50, help="number of DDIM steps; 0: Algorithm 2, all T")
     args = parser.parse_args(argv)
     if args.quick:  # flags given on the command line override these
         parser.set_defaults(epochs=1, train_size=512, T=50, samples=20)
         args = parser.parse_args(argv)
-    positive = [args.batch_size, args.lr, args.train_size, args.samples, args.T - 24]
+    positive = [args.batch_size, args.lr, args.train_size, args.samples, args.T - 24]  # T ≥ 25
     if min(positive) <= 0 or min(args.epochs, args.ddim_steps) < 0 or args.samples % 10:
-        parser.error("--epochs and --ddim-steps must be at least 0, --T at least 25, --samples "
-                     "a multiple of 10, --batch-size, --lr and --train-size more than 0")
+        parser.error("--epochs and --ddim-steps must be >= 0; --batch-size, --lr and --train-size "
+                     "> 0; --T >= 25; --samples a positive multiple of 10")
     args.out += "/03_ddpm"
     return args
 
 
-# ---- Diffusion: the forward process, the reverse process, and the bound -------------
+# ---- Diffusion: the forward process, the reverse process, and the bound --------------
 def per_image(values, x):
     """values (B,) -> (B, 1, ..., 1) with the type and device of x (B, ...)."""
     return values.view(-1, *[1] * (x.dim() - 1)).to(x)
@@ -114,11 +114,11 @@ class Diffusion:
     def q_posterior(self, x0, x_t, t):
         """Mean μ̃_t and variance β̃_t of q(x_{t-1} | x_t, x_0), by Bayes' rule (DDPM eq. 7)."""
         beta, bar = self.betas[t], self.alpha_bars[t]
-        previous = self.alpha_bars[t - 1]
-        from_x0 = previous.sqrt() * beta / (1 - bar)
-        from_xt = (1 - beta).sqrt() * (1 - previous) / (1 - bar)
+        bar_previous = self.alpha_bars[t - 1]
+        from_x0 = bar_previous.sqrt() * beta / (1 - bar)
+        from_xt = (1 - beta).sqrt() * (1 - bar_previous) / (1 - bar)
         mean = per_image(from_x0, x0) * x0 + per_image(from_xt, x0) * x_t
-        return mean, per_image(beta * (1 - previous) / (1 - bar), x0)
+        return mean, per_image(beta * (1 - bar_previous) / (1 - bar), x0)
 
     def predict_x0(self, x_t, t, eps):
         """The x_0 that gives x_t if the noise in x_t is eps (DDPM eq. 4 solved for x_0)."""
@@ -128,7 +128,7 @@ class Diffusion:
     def p_mean_variance(self, model, x_t, t):
         """Mean and variance σ_t² = β_t of p_θ(x_{t-1} | x_t), and the estimate x̂_0 of x_0."""
         x0 = self.predict_x0(x_t, t, model(x_t, t)).clamp(-1, 1)  # pixels are in [-1, 1]
-        # without the clamp, mean is (x_t - β_t / √(1-ᾱ_t) ε_θ) / √(1-β_t): eq. 5.32, DDPM eq. 11
+        # without the clamp, mean is (x_t - β_t ε_θ / √(1-ᾱ_t)) / √(1-β_t): eq. 5.32; DDPM eq. 11
         mean, _ = self.q_posterior(x0, x_t, t)
         return mean, per_image(self.betas[t], x_t), x0
 
@@ -146,14 +146,14 @@ class Diffusion:
 
     @torch.no_grad()
     def sample_ddim(self, model, x, steps, eta):
-        """DDIM eq. 12 (its α_t is our ᾱ_t), x_T -> x_0; eta = 1 adds the noise of β̃_t."""
+        """DDIM eq. 12 (its α_t is our ᾱ_t), x_T -> x_0; eta = 1: variance of q(x_s | x_t, x_0)."""
         times = torch.linspace(self.T, 0, min(steps, self.T) + 1).round().long()
         for t, s in zip(times, times[1:]):  # from x_t to x_s, s < t
             x0 = self.p_mean_variance(model, x, t.expand(len(x)))[2]
             bar_t, bar_s = self.alpha_bars[t], self.alpha_bars[s]
-            eps = (x - bar_t.sqrt() * x0) / (1 - bar_t).sqrt()  # the ε of the clamped x̂_0
+            eps = (x - bar_t.sqrt() * x0) / (1 - bar_t).sqrt()  # the ε that fits the clamped x̂_0
             variance = eta**2 * (1 - bar_s) / (1 - bar_t) * (1 - bar_t / bar_s)  # eq. 16
-            variance = variance.clamp(max=1 - bar_s)  # eta > 1: no negative number under the root
+            variance = variance.clamp(max=1 - bar_s)  # if eta > 1, keeps the next root real
             x = bar_s.sqrt() * x0 + (1 - bar_s - variance).sqrt() * eps
             x = x + variance.sqrt() * torch.randn_like(x)
         return x
@@ -165,7 +165,7 @@ class Diffusion:
 
     @torch.no_grad()
     def vlb(self, model, x0):
-        """L_0, ..., L_T (B, T + 1) of the bound, in bits/dim (eq. 5.27; DDPM eq. 5)."""
+        """L_0, ..., L_T (B, T + 1), at one x_t for each t, in bits/dim (eq. 5.27; DDPM eq. 5)."""
         terms = []
         for step in range(1, self.T + 1):
             t = torch.full([len(x0)], step)
@@ -188,13 +188,13 @@ def gaussian_kl(mean1, variance1, mean2, variance2):
 
 
 def discretized_log_likelihood(x0, mean, std):
-    """Log probability in nats of each 8-bit pixel x0 under N(mean, std²) (eq. 5.34, DDPM 13)."""
+    """Log probability in nats of 8-bit pixels x0 under N(mean, std²) (eq. 5.34; DDPM eq. 13)."""
     log_cdf = torch.special.log_ndtr
-    d = (x0 - mean).abs()  # by symmetry: in the lower tail log Φ is precise
+    d = (x0 - mean).abs()  # by symmetry; log Φ is precise in the lower tail
     upper = log_cdf((1 / 255 - d) / std)  # the bin of a pixel is x0 ± 1/255
     lower = log_cdf((-1 / 255 - d) / std)
     inner = upper + torch.log1p(-(lower - upper).exp())
-    outer = log_cdf((1 / 255 - x0.sign() * (x0 - mean)) / std)  # bins of black and white reach ∓∞
+    outer = log_cdf((1 / 255 - x0.sign() * (x0 - mean)) / std)  # black, white: half-open bins
     return torch.where(x0.abs() > 0.999, outer, inner)
 
 
@@ -256,8 +256,8 @@ def scale(images):
 
 
 def train(args, diffusion, model, images, history, snapshots):
-    """DDPM, Algorithm 1. Appends the loss to `history` and ten samples to `snapshots`."""
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99))
+    """DDPM, Algorithm 1, on uint8 images (N, 28, 28); fills `history` and `snapshots` (samples)."""
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99))  # adapts sooner
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)  # lr falls to 0
     fixed_noise = torch.randn(10, 1, 28, 28).to(images.device)
@@ -300,9 +300,10 @@ def main(argv=None):
     try:
         train(args, diffusion, model, images.to(device), history, snapshots)
     except KeyboardInterrupt:
-        print("Training stopped early; evaluating and saving the current model.")
+        print("Training stopped early; saving and evaluating the current model.")
     save_model(args, model)
     bound = plot_bound(args, diffusion, model, scale(test_images[:16]).to(device))
+    results = {"bound in bits/dim (uniform model: 8)": bound}
     plot_training(args, history, snapshots)
     x_T = torch.randn(args.samples, 1, 28, 28).to(device)
     plot_chain(args, diffusion, model, x_T[:5])
@@ -311,37 +312,36 @@ def main(argv=None):
     else:
         samples = diffusion.sample(model, x_T)
     save_samples(args, samples)
-    results = {"bound in bits/dim (uniform model: 8)": bound}
     print(json.dumps(results, indent=1))
     save_metrics(args, results, history, source, began)
 
 
 def plot_training(args, history, snapshots):
-    """The loss, and samples from the same ten x_T, every third entry of `snapshots`."""
+    """Draws the loss, and every third entry of `snapshots`: samples from the same ten x_T."""
     if not history:
         return
     _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     axes[0].semilogy([row["step"] for row in history], [row["loss"] for row in history])
     axes[0].set(xlabel="step", title="L_simple (predicting ε = 0 gives 1)")
-    show_grid(axes[1], (torch.cat(snapshots[::3]) + 1) / 2, 10, "samples during training")
+    show_grid(axes[1], (torch.cat(snapshots[1::3]) + 1) / 2, 10, "samples during training")
     plt.savefig(f"{args.out}/training.png")
 
 
 def plot_bound(args, diffusion, model, x0):
-    """Returns the bound for x0 in bits/dim; plots its terms and the weights of ex. 5.6."""
+    """Draws the terms of the bound for x0 and the weights of ex. 5.6; returns it in bits/dim."""
     terms = diffusion.vlb(model, x0)
     t = torch.arange(1, diffusion.T + 1)
     _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     axes[0].loglog(t, terms[:, :-1].mean(0).cpu())
-    axes[0].set(title="terms L_{t-1} of the bound by t, in bits/dim (ex. 5.4, 5.5)")
+    axes[0].set(title="terms L_{t-1} of the bound against t, in bits/dim (ex. 5.4, 5.5)")
     axes[1].semilogy(t, diffusion.dropped_weight(t))
-    axes[1].set(title="weight of (ε - ε_θ)² in L_{t-1} by t; L_simple uses 1 (ex. 5.6)")
+    axes[1].set(title="weight of (ε - ε_θ)² in L_{t-1} against t; L_simple: 1 (ex. 5.6)")
     plt.savefig(f"{args.out}/bound.png")
     return terms.sum(1).mean().item()
 
 
 def plot_chain(args, diffusion, model, x_T):
-    """Draws how Algorithm 2 turns noise into digits: x_t, and on its right the estimate x̂_0."""
+    """Draws how Algorithm 2 turns noise into digits: x_t, with the estimate x̂_0 on its right."""
     frames = []
     diffusion.sample(model, x_T, frames)
     frames = frames[:: diffusion.T // 10] + frames[-1:]
@@ -354,8 +354,8 @@ def plot_chain(args, diffusion, model, x_T):
 
 def save_samples(args, samples):
     """Writes samples.npz, uint8 images (N, 28, 28), and a picture of the first hundred."""
-    pixels = ((samples[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte()
-    np.savez_compressed(f"{args.out}/samples.npz", images=pixels.cpu())
+    pixels = ((samples[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    np.savez_compressed(f"{args.out}/samples.npz", images=pixels)
     _, axes = plt.subplots(figsize=(6, 6), layout="constrained")
     show_grid(axes, (samples[:100] + 1) / 2, 10, "samples")
     plt.savefig(f"{args.out}/samples.png")

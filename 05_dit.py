@@ -1,37 +1,38 @@
 """The Diffusion Transformer (DiT): DDPM in a latent space, with a Transformer as its network.
 
     z = E(x) / std,  x ≈ D(std · z)                 latents z, smaller than images x (LDM)
-    [shift, scale, gate] = W SiLU(c) + b            c = embedding of t + embedding of the class y
-    h ← h + gate ⊙ Attention(LN(h) ⊙ (1 + scale) + shift)        adaLN-Zero (DiT section 3.2): with
-    h ← h + gate' ⊙ MLP(LN(h) ⊙ (1 + scale') + shift')           W = b = 0 it starts as h ← h
-    log σ² = v log β_t + (1-v) log β̃_t              v: the network's second output (IDDPM eq. 15)
+    [shift, scale, gate, shift', scale', gate'] = W SiLU(c) + b   c = embedding of t + that of y
+    h ← h + gate ⊙ Attention(LN(h) ⊙ (1 + scale) + shift)         adaLN-Zero (DiT section 3.2):
+    h ← h + gate' ⊙ MLP(LN(h) ⊙ (1 + scale') + shift')            first W = b = 0, so that h ← h
+    log σ² = v log β_t + (1-v) log β̃_t              second output: mix = 2v - 1 (IDDPM eq. 15)
     loss = L_simple + L_{t-1}                       L_{t-1} trains only σ² (IDDPM eq. 16, λ = 1/T)
     ε̂ = ε_θ(z_t, ∅) + g (ε_θ(z_t, y) - ε_θ(z_t, ∅))        guidance (CFG eq. 6, g = 1 + w)
 
 Sources  DiT: Scalable Diffusion Models with Transformers, Peebles, Xie, arXiv:2212.09748
-         IDDPM: Improved Denoising Diffusion Probabilistic Models, Nichol, Dhariwal, 2102.09672
-         LDM: High-Resolution Image Synthesis with Latent Diffusion Models, Rombach, 2112.10752
+         IDDPM: Improved Denoising Diffusion Probabilistic Models, Nichol, Dhariwal,
+         arXiv:2102.09672
+         LDM: High-Resolution Image Synthesis with Latent Diffusion Models, Rombach et al.,
+         arXiv:2112.10752
          CFG: Classifier-Free Diffusion Guidance, Ho, Salimans, arXiv:2207.12598
-         DDPM: Ho, Jain, Abbeel, arXiv:2006.11239; DDIM: Song, Meng, Ermon, arXiv:2010.02502
+         DDPM: Denoising Diffusion Probabilistic Models, Ho, Jain, Abbeel, arXiv:2006.11239
+         DDIM: Denoising Diffusion Implicit Models, Song, Meng, Ermon, arXiv:2010.02502
          texts: 第5章 演習問題の解答, ex. 5.7; [논문분석] Scalable Diffusion Models with Transformers
 Run      python 05_dit.py    (--quick for a smoke test, --help for the settings)
-Expect   7 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24) and results.png.
-         --samples 1000 --guidance g, in %, by 04_vit.py --judge; chance 10, 1,000 images each:
+Expect   7 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); results.png.
+         1,000 images each, scored by 04_vit.py --judge; chance for the digit is 10%:
                               g = 1    1.5   1.75 (default)    4     1.75 --ddim   test images
-           digit asked for     91.0   98.1        99.3       99.9       98.9
-           over 95% sure       87.9   96.6        98.1       99.7       97.8           97.1
+           digit asked for, %  91.0   98.1        99.3       99.9       98.9
+           over 95% sure, %    87.9   96.6        98.1       99.7       97.8           97.1
            Fréchet distance     1.3    1.2         1.6        3.8        1.5            0.4
-         --epochs 2 --guidance 2, two seeds: 94 and 95% asked for, distance 3.1 and 3.5. On another
-         autoencoder ε had 95 and 97%, 2.9 and 2.8, and v-prediction (not here) 99 and 99%, 2.3 and
-         1.9. L_simple by --block (--epochs 1, three seeds): adaln-zero 0.140, 0.142, 0.148; adaln
+         Test L_simple by --block (--epochs 1, three seeds): adaln-zero 0.140, 0.142, 0.148; adaln
          0.146, 0.147, 0.147; in-context 0.150, 0.151, 0.151; cross-attention 0.151, 0.153, 0.153.
-Weights  published ones load with strict=True. They count t from 0 and give latents (B, 4, 32, 32):
+Weights  DiT() loads facebookresearch's DiT-XL/2 with strict=True; t is from 0, z (B, 4, 32, 32):
            dit = DiT(); dit.load_state_dict(torch.load("DiT-XL-2-256x256.pt"))
            z = Diffusion().sample(lambda x, t, y: dit(x, t - 1, y), noise, y, 4.0, 250)
-Read     Start with `DiTBlock`, `Diffusion.loss` and `guided`.
+Read     Start with `DiTBlock`, `Diffusion.loss` and `guided`; the rest can wait.
 Try      easy: --epochs 0 --load out/05_dit/model.pt --out out/try --guidance 4 (or --ddim).
-         medium: --patch-size 4, 2 or 1 gives 4, 16 or 64 tokens. Which is best after equal time?
-         harder: flow matching: change x_t and its target in `loss`, and the step in `sample`.
+         medium: --patch-size 4, 2 or 1 gives 4, 16 or 64 tokens. Which is best in equal time?
+         harder: flow matching: change x_t and the target in `loss`, and the step in `sample`.
 """
 
 import argparse
@@ -71,9 +72,9 @@ def get_args(argv=None):
     add("--block", default="adaln-zero", help="how the blocks use t and the class",
         choices=["in-context", "cross-attention", "adaln", "adaln-zero"])
     add("--patch-size", type=int, default=2, choices=[1, 2, 4], help="side of a patch of latents")
-    add("--guidance", type=float, default=1.75, help="strength g; 1: off, 0: ignores y")
+    add("--guidance", type=float, default=1.75, help="strength g; 1 turns it off, 0 ignores y")
     add("--steps", type=int, default=50, help="number of sampling steps, up to 1000")
-    add("--ddim", action="store_true", help="sample by DDIM with σ = 0, not by p_θ")
+    add("--ddim", action="store_true", help="sample by DDIM (σ = 0) instead of p_θ")
     add("--samples", type=int, default=100, help="number of generated images, a multiple of 10")
     args = parser.parse_args(argv)
     if args.quick:  # flags given on the command line override these
@@ -81,39 +82,39 @@ def get_args(argv=None):
         args = parser.parse_args(argv)
     positive = [args.batch_size, args.lr, args.train_size, args.steps, args.samples]
     if args.epochs < 0 or min(positive) <= 0 or args.samples % 10:
-        parser.error("--epochs must be at least 0, --samples a multiple of 10, --batch-size, --lr, "
-                     "--train-size and --steps more than 0")
+        parser.error("--epochs must be >= 0; --batch-size, --lr, --train-size and --steps > 0; "
+                     "--samples a positive multiple of 10")
     args.out += "/05_dit"
     return args
 
 
 # ---- The latent space ----------------------------------------------------------------
 class Autoencoder(nn.Module):
-    """A VAE (LDM, section 3.1): images (B, 1, 28, 28) in [-1, 1] <-> latents z (B, 2, 8, 8)."""
+    """A VAE (LDM section 3.1): images (B, 1, 28, 28) in [-1, 1] <-> latents z (B, 2, 8, 8)."""
 
     def __init__(self):
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Conv2d(1, 16, 4, stride=2, padding=3), nn.SiLU(),  # 28x28 -> 16x16
             nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.SiLU(),  # -> 8x8
-            nn.Conv2d(32, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 4, 1))  # mean, log variance
+            nn.Conv2d(32, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 4, 1))  # mean, log-variance
         self.decoder = nn.Sequential(
             nn.Conv2d(2, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1), nn.SiLU(),
             nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1), nn.SiLU(),  # 8x8 -> 16x16
             nn.ConvTranspose2d(16, 16, 4, stride=2, padding=3), nn.SiLU(),  # -> 28x28
             nn.Conv2d(16, 1, 3, padding=1))
-        self.register_buffer("std", torch.ones([]))  # standard deviation of latents
+        self.register_buffer("std", torch.ones([]))  # of latents; set after training
 
     def loss(self, x):
-        """‖x - x̂‖² and KL(q(z|x) ‖ N(0, I)) in nats, both per image."""
+        """‖x - x̂‖² and KL(q(z | x) ‖ N(0, I)) in nats, both per image."""
         mu, logvar = self.encoder(x).chunk(2, 1)
-        z = mu + (logvar / 2).exp() * torch.randn_like(mu)
+        z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
         return (x - self.decoder(z)).square().sum() / len(x), kl.sum() / len(x)
 
     @torch.no_grad()
     def encode(self, images):
-        """uint8 images (N, 28, 28) -> latents (N, 2, 8, 8): means of q(z|x), divided by std."""
+        """uint8 images (N, 28, 28) -> latents (N, 2, 8, 8): means of q(z | x), divided by std."""
         means = [self.encoder(scale(x))[:, :2] for x in images.split(1000)]
         return torch.cat(means) / self.std
 
@@ -175,8 +176,8 @@ class DiTBlock(nn.Module):
         elif design == "adaln-zero":
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_linear(dim, 6 * dim))
 
-    def forward(self, x, c, tokens):
-        """x (B, N, D); the condition as one vector c (B, 1, D) and as tokens (B, 2, D)."""
+    def forward(self, x, c, condition):
+        """x (B, N, D); the condition (t, y) as a sum c (B, 1, D) and as tokens (B, 2, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = 0, 0, 1, 0, 0, 1
         if self.design == "adaln":
             shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, 2)
@@ -184,7 +185,7 @@ class DiTBlock(nn.Module):
             shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, 2)
         x = x + gate1 * self.attn(adaptive_norm(x, shift1, scale1))
         if self.design == "cross-attention":
-            x = x + self.cross_attn(adaptive_norm(x), tokens)
+            x = x + self.cross_attn(adaptive_norm(x), condition)
         hidden = self.mlp["fc1"](adaptive_norm(x, shift2, scale2))  # (B, N, D) -> (B, N, 4D)
         return x + gate2 * self.mlp["fc2"](F.gelu(hidden, approximate="tanh"))
 
@@ -192,7 +193,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """x_t (B, C, H, W), times t (B,), classes y (B,) (-1: none) -> ε̂ and `mix`, each (B, C, H, W).
 
-    The parameters are named as in facebookresearch/DiT, the defaults are those of DiT-XL/2.
+    The parameters are named as in facebookresearch/DiT; the defaults are those of DiT-XL/2.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
@@ -216,7 +217,7 @@ class DiT(nn.Module):
             self.final_layer["adaLN_modulation"] = nn.Sequential(nn.SiLU(), zero_linear(D, 2 * D))
 
     def unpatchify(self, x):
-        """Patches (B, N, P² C) -> (B, C, H, W)."""
+        """Outputs (B, N, P² C), one for each patch -> (B, C, H, W)."""
         side, P = math.isqrt(x.shape[1]), self.patch_size
         x = x.unflatten(2, (P, P, -1)).unflatten(1, (side, side))  # (B, H/P, W/P, P, P, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # -> (B, C, H, W)
@@ -226,13 +227,13 @@ class DiT(nn.Module):
         x = patches.flatten(2).transpose(1, 2) + self.pos_embed  # -> (B, N, D)
         t_emb = self.t_embedder["mlp"](timestep_embedding(t.to(x)))  # (B,) -> (B, 256) -> (B, D)
         y_emb = self.y_embedder["embedding_table"].weight[y]  # (B,) -> (B, D)
-        tokens = torch.stack([t_emb, y_emb], 1)  # (B, 2, D)
-        c = tokens.sum(1, keepdim=True)  # (B, 1, D)
+        condition = torch.stack([t_emb, y_emb], 1)  # (B, 2, D)
+        c = condition.sum(1, keepdim=True)  # (B, 1, D)
         N = x.shape[1]
         if self.design == "in-context":
-            x = torch.cat([x, tokens], 1)  # (B, N + 2, D)
+            x = torch.cat([x, condition], 1)  # (B, N + 2, D)
         for block in self.blocks:
-            x = block(x, c, tokens)
+            x = block(x, c, condition)
         shift, scale = 0, 0
         if "adaLN_modulation" in self.final_layer:
             shift, scale = self.final_layer["adaLN_modulation"](c).chunk(2, 2)
@@ -241,13 +242,13 @@ class DiT(nn.Module):
 
 
 def timestep_embedding(t):
-    """t (B,) in 0..T -> (B, 256): cosines and sines of t at 128 frequencies, 1 to 1/10,000."""
+    """t (B,) in 0..T -> (B, 256): cosines and sines of t at 128 frequencies, 1 to 1/9,306."""
     angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128).to(t) / 128)
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 def sincos_positions(side, dim):
-    """Fixed 2-D position embeddings (side², dim): the column in one half, the row in the other."""
+    """Fixed 2-D positions (side², dim): the column in the first half, the row in the second."""
     angles = torch.arange(side)[:, None] / 10000 ** (torch.arange(dim // 4) / (dim // 4))
     line = torch.cat([angles.sin(), angles.cos()], 1)  # (side, dim/2)
     return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], 1)
@@ -258,7 +259,7 @@ class Diffusion:
     """The forward process q and the reverse process p_θ of latents x_0 (B, C, H, W).
 
     For x_t, times t (B,) from 1 to T and classes y (B,), `model(x_t, t, y)` returns its estimate ε̂
-    of the noise and `mix` = 2v - 1, v as in IDDPM eq. 15: log σ² is log β̃ at -1 and log β at 1.
+    of the noise and `mix` = 2v - 1 (IDDPM eq. 15): mix = -1 gives σ² = β̃, mix = 1 gives σ² = β.
     `alpha_bars[t]` is ᾱ_t for t = 0..T, with ᾱ_0 = 1.
     """
 
@@ -268,7 +269,7 @@ class Diffusion:
         self.alpha_bars = torch.cumprod(1 - F.pad(betas, (1, 0)), 0).view(-1, 1, 1, 1)
 
     def q_posterior(self, x0, x_t, t, s):
-        """Mean and variance β̃ of q(x_s | x_t, x_0) (DDPM eq. 7; s < t - 1: IDDPM eq. 19)."""
+        """Mean μ̃ and variance β̃ of q(x_s | x_t, x_0) (DDPM eq. 7; s < t - 1: IDDPM eq. 19)."""
         bar_t, bar_s = self.alpha_bars[t].to(x0), self.alpha_bars[s].to(x0)
         beta = 1 - bar_t / bar_s
         mean = (bar_s.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - bar_s) * x_t) / (1 - bar_t)
@@ -279,12 +280,12 @@ class Diffusion:
         bar_t, bar_s = self.alpha_bars[t].to(x_t), self.alpha_bars[s].to(x_t)
         x0 = (x_t - (1 - bar_t).sqrt() * eps) / bar_t.sqrt()  # DDPM eq. 4 solved for x_0
         mean, _ = self.q_posterior(x0, x_t, t, s)
-        _, beta_tilde = self.q_posterior(x0, x_t, t.clamp(min=2), s.clamp(min=1))  # since β̃_1 = 0
+        _, beta_tilde = self.q_posterior(x0, x_t, t.clamp(min=2), s.clamp(min=1))  # log β̃_1 = -∞
         low, high = beta_tilde.log(), (1 - bar_t / bar_s).log()
         return mean, (low + (mix + 1) / 2 * (high - low)).exp(), x0  # IDDPM eq. 15
 
     def loss(self, model, x0, y, t, noise):
-        """L_simple, and L_{t-1} in nats, which trains only σ²; their sum is what is minimized."""
+        """L_simple, and L_{t-1} in nats per latent value, training only σ²; minimize their sum."""
         bar = self.alpha_bars[t].to(x0)  # (B, 1, 1, 1)
         x_t = bar.sqrt() * x0 + (1 - bar).sqrt() * noise  # q(x_t | x_0), DDPM eq. 4
         eps, mix = model(x_t, t, y)
@@ -295,7 +296,7 @@ class Diffusion:
         error = (true_mean - mean).square() + beta_tilde
         nll = 0.5 * ((2 * math.pi * variance).log() + error / variance)
         entropy = 0.5 * (2 * math.pi * math.e * beta_tilde).log()
-        entropy[t == 1] = 0  # the last step has no KL: L_0 = -log p_θ(x_0 | x_1)
+        entropy[t == 1] = 0  # t = 1 has no KL: L_0 = -log p_θ(x_0 | x_1)
         return simple, (nll - entropy).mean()
 
     @torch.no_grad()
@@ -319,7 +320,7 @@ def guided(model, x, t, y, guidance):
     eps, mix = model(x, t, y)
     if guidance != 1:
         null_eps, _ = model(x, t, torch.full_like(y, -1))
-        eps = null_eps + guidance * (eps - null_eps)  # all channels; DiT's code: the first 3
+        eps = null_eps + guidance * (eps - null_eps)  # DiT's code guides only 3 channels
     return eps, mix
 
 
@@ -332,7 +333,7 @@ def scale(images):
 
 
 def train_autoencoder(autoencoder, images, epochs=2):
-    """Minimizes ‖x - x̂‖² + KL / 2 (LDM adds a GAN), and sets std for latents of variance 1."""
+    """Minimizes ‖x - x̂‖² + KL / 2 (LDM adds a GAN), then sets std so that z has variance 1."""
     optimizer = torch.optim.Adam(autoencoder.parameters(), 2e-3)
     for epoch in range(epochs):
         for batch in torch.randperm(len(images)).split(64):
@@ -346,7 +347,7 @@ def train_autoencoder(autoencoder, images, epochs=2):
 
 
 def train(args, diffusion, model, latents, labels, history):
-    """Trains the DiT as in Algorithm 1 of DDPM, on latents (N, C, 8, 8) and their labels (N,)."""
+    """Minimizes L_simple + L_{t-1} on latents (N, C, 8, 8) with labels (N,); fills `history`."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     steps = args.epochs * math.ceil(len(latents) / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(steps, 1))  # up, down
@@ -355,7 +356,7 @@ def train(args, diffusion, model, latents, labels, history):
     for epoch in range(args.epochs):
         for batch in torch.randperm(len(latents)).split(args.batch_size):
             x0 = latents[batch]
-            no_class = torch.rand(len(batch)) < 0.1  # -1 for the whole label, as in `guided`
+            no_class = torch.rand(len(batch)) < 0.1  # replaced by -1, as in `guided`
             y = labels[batch].masked_fill(no_class, -1)
             t = torch.randint(1, diffusion.T + 1, [len(batch)])
             simple, bound = diffusion.loss(model, x0, y, t, torch.randn_like(x0))
@@ -369,9 +370,9 @@ def train(args, diffusion, model, latents, labels, history):
             if step % math.ceil(steps / 20) == 0 or step == steps:
                 simple, bound = torch.tensor(losses).mean(0).tolist()
                 losses = []
-                row = {"L_simple": simple, "bound": bound}
-                history.append({"step": step, **row})
-                progress(step, steps, began, row)
+                terms = {"L_simple": simple, "L_{t-1}": bound}
+                history.append({"step": step, **terms})
+                progress(step, steps, began, terms)
 
 
 # ---- Main and figures ----------------------------------------------------------------
@@ -396,7 +397,7 @@ def main(argv=None):
             train_autoencoder(autoencoder, images)
         train(args, diffusion, dit, autoencoder.encode(images), labels, history)
     except KeyboardInterrupt:
-        print("Training stopped early; evaluating and saving the current model.")
+        print("Training stopped early; saving and evaluating the current model.")
     save_model(args, model)
     latents = autoencoder.encode(test_images[:1000])
     t = torch.linspace(1, diffusion.T, len(latents)).long()
@@ -410,13 +411,13 @@ def main(argv=None):
     pixels = (samples[:, 0] * 255).round().byte().cpu()
     np.savez_compressed(f"{args.out}/samples.npz", images=pixels, labels=y)
     rows = [diffusion.sample(dit, x_T[:10], y[:10], g, args.steps, True) for g in [0, 1, 2, 4, 8]]
-    plot(args, history, autoencoder, test_images[:10], rows, samples)
-    results = {"L_simple, test (chance 1)": simple.item(), "L_{t-1} in nats, test": bound.item()}
+    results = {"L_simple, test (ε̂ = 0: 1)": simple.item(), "L_{t-1} in nats, test": bound.item()}
+    plot_results(args, history, autoencoder, test_images[:10], rows, samples)
     print(json.dumps(results, indent=1))
     save_metrics(args, results, history, source, began)
 
 
-def plot(args, history, autoencoder, images, guided_latents, samples):
+def plot_results(args, history, autoencoder, images, guided_latents, samples):
     """Draws the loss, images and latents, samples by guidance, and samples of each class."""
     axes = plt.subplots(2, 2, figsize=(13, 11), layout="constrained")[1].flatten()
     axes[0].semilogy([row["step"] for row in history], [row["L_simple"] for row in history])
@@ -426,7 +427,7 @@ def plot(args, history, autoencoder, images, guided_latents, samples):
     rows = [(scale(images) + 1) / 2, *channels.unbind(1), autoencoder.decode(z)]
     show_grid(axes[1], torch.cat(rows), len(images), "images, latents (-3 to 3), reconstructions")
     rows = autoencoder.decode(torch.cat(guided_latents))
-    show_grid(axes[2], rows, 10, "DDIM from the same noise, guidance 0, 1, 2, 4, 8")
+    show_grid(axes[2], rows, 10, "DDIM from the same noise; rows: guidance 0, 1, 2, 4, 8")
     show_grid(axes[3], samples[:100], 10, f"samples by class, guidance {args.guidance:g}")
     plt.savefig(f"{args.out}/results.png")
 

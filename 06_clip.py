@@ -3,32 +3,33 @@
     u = normalize(f(image)),  w = normalize(g(sentence))      the two towers: features (B, E)
     logits = e^t u wᵀ  (B, B)       each image with each sentence; the temperature t is learned
     loss = (loss_i + loss_t) / 2    cross-entropy of rows and columns; true pairs on the diagonal
-    ITC loss                        the same, with momentum encoders and a queue of features
+    ITC loss                        image-text contrastive: with momentum encoders and a queue
 
 Binding  Caption: "a red three above a blue seven". Three foils have the same words: "a blue three
          above a red seven" (colors exchanged), "a red seven above a blue three" (digits exchanged)
          and "a blue seven above a red three" (places exchanged, the twin). Colors are bound if the
-         image is closer to the caption than to the first two (two, since each also differs in the
-         order of the colors or of the digits). Places are bound if it is closer than the third.
-Sources  CLIP: Learning Transferable Visual Models From Natural Language Supervision, Radford,
-         arXiv:2103.00020; ALBEF: Align before Fuse, Li et al., arXiv:2107.07651; hard negatives:
-         When and Why Vision-Language Models Behave like Bags-of-Words, Yuksekgonul, 2210.01936
+         image is closer to its caption than to the first two foils (one alone also changes which
+         color or digit comes first), places if it is closer to the caption than to the third.
+Sources  CLIP: Learning Transferable Visual Models From Natural Language Supervision, Radford et
+         al., arXiv:2103.00020; ALBEF: Align before Fuse, Li et al., arXiv:2107.07651; foils: When
+         and Why Vision-Language Models Behave like Bags-of-Words, Yuksekgonul, arXiv:2210.01936
          text: 第6章 演習問題の解答, ex. 6.1, 6.2, 6.4, 6.6, 6.8
 Run      python 06_clip.py    (--quick for a smoke test, --help for the settings)
-Expect   5 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24), results.png. Of
-         1,000 unseen images, in %, with pairs of digit and color as in training (held-out pairs):
+Expect   5 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); results.png.
+         1,000 unseen images, in % (in parentheses: the first digit in a color held out for it):
                     finds caption     digit       color        axis      colors      places
            default       99 (97)     97 (92)   100 (100)   100 (100)   100 (100)   100 (100)
            --twins 0     89 (96)     97 (82)   100 (100)   100 (100)     99 (97)     52 (50)
            chance            0.1          10          17          50          33          50
-         Places need twins, colors do not. Caption found after 2 epochs, three seeds: batches of 32
-         42, 50, 68 by CLIP's loss, 82, 87, 92 by ITC; of 256 62, 63, 76 and 64, 72, 72.
+         Places need twins, colors do not. Caption found after 2 epochs, three seeds: CLIP's loss
+         42, 50, 68 with batches of 32 and 62, 63, 76 with 256; ITC 82, 87, 92 and 64, 72, 72.
 Weights  clip = CLIP(VisionTransformer(nn.Conv2d(3, 768, 32, 32, bias=False), 49, 768, 12, 12, 512),
                      49408, 77, 512, 12, 8, 512)
-         loads OpenAI's ViT-B/32 with strict=True, without the three integers in its state_dict.
-Try      easy: --epochs 0 --load out/06_clip/model.pt --out out/try --prompt "a red one"
+         loads OpenAI's ViT-B/32 with strict=True, once its three integers are removed.
+Read     Start with `CLIP` and `clip_loss`; the rest can wait.
+Try      easy: --epochs 0 --load out/06_clip/model.pt --out out/try --prompt "a red one".
          medium: --twins 0.1, then 0.02. How many twins are enough to bind the places?
-         harder: SigLIP's loss, like `clip_loss`; its bias (start: -ln B) belongs in `small_clip`.
+         harder: add SigLIP's loss beside `clip_loss`; its bias (start: -ln B) goes in `small_clip`.
 """
 
 import argparse
@@ -60,14 +61,14 @@ def get_args(argv=None):
     add("--out", default="out", help="parent folder; results go to its subfolder 06_clip")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
-    add("--epochs", type=int, default=10, help="passes over the digits, twins included")
+    add("--epochs", type=int, default=10, help="passes over the training images, twins included")
     add("--batch-size", type=int, default=128, help="scenes per step")
     add("--lr", type=float, default=2e-3, help="highest learning rate")
-    add("--train-size", type=int, default=60000, help="number of training digits")
+    add("--train-size", type=int, default=60000, help="number of training images")
     add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
-    add("--quick", action="store_true", help="smoke test: a short run on 512 digits")
+    add("--quick", action="store_true", help="smoke test: a short run on 512 images")
     add("--loss", default="clip", choices=["clip", "itc"], help="itc: ALBEF's, with a queue")
-    add("--twins", type=float, default=0.5, help="share of twins in a batch, 0 to 0.5")
+    add("--twins", type=float, default=0.5, help="fraction of twins in a batch, 0 to 0.5")
     add("--prompt", default="a red three above a blue seven; a blue three above a red seven; "
         "a blue seven above a red three", help="sentences to find images for, separated by ;")
     args = parser.parse_args(argv)
@@ -76,11 +77,11 @@ def get_args(argv=None):
         args = parser.parse_args(argv)
     positive = [args.batch_size, args.lr, args.train_size]
     if args.epochs < 0 or min(positive) <= 0 or not 0 <= args.twins <= 0.5:
-        parser.error("--epochs must be at least 0, --batch-size, --lr and --train-size above 0, "
+        parser.error("--epochs must be >= 0; --batch-size, --lr and --train-size > 0; "
                      "--twins from 0 to 0.5")
     unknown = set(args.prompt.replace(";", " ").split()) - set(WORDS)
     if unknown or max(len(text.split()) for text in args.prompt.split(";")) > LENGTH - 2:
-        parser.error(f"--prompt: {unknown or 'too long'}; up to {LENGTH - 2} of {WORDS}")
+        parser.error(f"--prompt: {unknown or 'too long'}; up to {LENGTH - 2} words from {WORDS}")
     args.out += "/06_clip"
     return args
 
@@ -99,7 +100,7 @@ LENGTH = 2 + max(len(text.format("1 2", "left of", "1 2").split()) for text in P
 
 
 def caption(scene, way=0):
-    """A scene [digit, color, digit, color, relation] in words; ways 4 to 7: from the second one."""
+    """A scene [digit, color, digit, color, relation] in words; ways 4 to 7 exchange the two."""
     digit1, color1, digit2, color2, relation = scene
     names = list(COLORS)
     things = [f"{names[color1]} {DIGITS[digit1]}", f"{names[color2]} {DIGITS[digit2]}"]
@@ -117,9 +118,9 @@ def tokenize(sentences):
 
 
 def sample_scenes(labels, first, held_out=False):
-    """Scenes (B, 5) of digits number `first` (B,), each with a random second one; index (B, 2).
+    """Returns scenes (B, 5) and index (B, 2): digit number `first` (B,) and a random second one.
 
-    Digit d never has color d % len(COLORS), held out; with `held_out` the first digit has it.
+    Digit d never has color d % len(COLORS), except as the first digit if `held_out`.
     """
     index = torch.stack([first, torch.randint(len(labels), [len(first)])], 1)
     digits = labels[index]  # (B, 2)
@@ -149,7 +150,7 @@ def render(digits, scenes):
 
 
 def twins(scenes, index):
-    """Hard negatives: both digits exchange their places; knowing the words is not enough now."""
+    """Hard negatives: the two digits exchange places, so knowing the words is not enough."""
     return scenes[:, [2, 3, 0, 1, 4]], index.flip(1)
 
 
@@ -165,39 +166,39 @@ def small_clip():
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, x (B, N, D) -> (B, N, D); causal: no token sees a later one."""
+    """Multi-head self-attention: (B, N, D) -> (B, N, D); causal: no token sees a later one."""
 
-    def __init__(self, width, heads, causal):
+    def __init__(self, dim, num_heads, causal):
         super().__init__()
-        self.num_heads = heads
+        self.num_heads = num_heads
         self.causal = causal
-        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * dim, dim)))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3D)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, D) -> (B, N, 3D)
         qkv = qkv.unflatten(2, (3, self.num_heads, -1))  # (B, N, 3D) -> (B, N, 3, h, D/h)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three times (B, h, N, D/h)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, D/h) each
         # softmax(q kᵀ / √(D/h)) v, with weight 0 on later tokens if causal: (B, h, N, D/h)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # -> (B, N, h, D/h) -> (B, N, D)
 
 
 class Block(nn.Module):
-    """A Transformer block with the names of OpenAI's ResidualAttentionBlock, on x (B, N, D)."""
+    """A Transformer block on x (B, N, D), with the names of OpenAI's ResidualAttentionBlock."""
 
-    def __init__(self, width, heads, causal):
+    def __init__(self, dim, num_heads, causal):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads, causal)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width),
-                                  "c_proj": nn.Linear(4 * width, width)})
+        self.ln_1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, causal)
+        self.ln_2 = nn.LayerNorm(dim)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(dim, 4 * dim),
+                                  "c_proj": nn.Linear(4 * dim, dim)})
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        hidden = self.mlp["c_fc"](self.ln_2(x))
+        hidden = self.mlp["c_fc"](self.ln_2(x))  # (B, N, D) -> (B, N, 4D)
         return x + self.mlp["c_proj"](hidden * torch.sigmoid(1.702 * hidden))  # QuickGELU
 
 
@@ -216,8 +217,8 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
     def forward(self, x):
-        x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, D, h, w) -> (B, N, D)
-        class_token = self.class_embedding.expand(len(x), 1, -1)
+        x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, D, H/P, W/P) -> (B, N, D)
+        class_token = self.class_embedding.expand(len(x), 1, -1)  # (D,) -> (B, 1, D)
         x = torch.cat([class_token, x], 1) + self.positional_embedding  # (B, 1 + N, D)
         x = self.transformer["resblocks"](self.ln_pre(x))
         return self.ln_post(x[:, 0]) @ self.proj  # (B, D) -> (B, E)
@@ -249,7 +250,7 @@ class CLIP(nn.Module):
         return self.ln_final(self.transformer["resblocks"](x))
 
     def encode_text(self, tokens):
-        """Tokens (B, L) -> features (B, E) of length 1, the second output: read at END."""
+        """Tokens (B, L) -> features (B, E) of length 1, read at END (second output of 6.4)."""
         x = self.encode_tokens(tokens)
         x = x[torch.arange(len(x)), tokens.argmax(1)]  # END is the largest token: -> (B, D)
         return F.normalize(x @ self.text_projection, dim=1)
@@ -261,16 +262,16 @@ class CLIP(nn.Module):
 
 # ---- The contrastive loss ------------------------------------------------------------
 def cross_entropy(logits, scenes, others):
-    """The mean cross-entropy in nats of logits (A, B); the right columns are on the diagonal."""
+    """The mean cross-entropy in nats of logits (A, B); the true pairs are on the diagonal."""
     target = torch.arange(len(logits))
     duplicates = (scenes[:, None] == others).all(2)  # (A, 5), (B, 5) -> (A, B)
-    duplicates[target, target] = False  # other copies are masked out: k copies would cost ln k
+    duplicates[target, target] = False  # the answer stays; k copies of it would cost ln k
     logits = logits.masked_fill(duplicates.to(logits.device), -math.inf)
     return F.cross_entropy(logits, target.to(logits.device))
 
 
 def clip_loss(model, images, tokens, scenes):
-    """CLIP's loss of images (B, 3, H, W), tokens (B, L) and scenes (B, 5); equal features: ln B."""
+    """CLIP's loss of images (B, 3, H, W), tokens (B, L), scenes (B, 5); ln B by chance."""
     logits = model(images, tokens)  # (B, B)
     loss_i = cross_entropy(logits, scenes, scenes)  # each image finds its text (ex. 6.1)
     loss_t = cross_entropy(logits.T, scenes, scenes)  # each text finds its image
@@ -282,7 +283,7 @@ class ITC:
     """The ITC loss of ALBEF (section 3.2; ex. 6.8): B new features against B + M slow ones.
 
     The slow features come from momentum encoders; the last M of them wait in a queue, so that small
-    batches have many negatives. Equal features and a full queue cost ln(B + M).
+    batches have many negatives. If all features agree and the queue is full, it is ln(B + M).
     """
 
     def __init__(self, model, M=4096, momentum=0.995):
@@ -295,7 +296,7 @@ class ITC:
     def __call__(self, model, images, tokens, scenes):
         with torch.no_grad():
             for slow, parameter in zip(self.slow.parameters(), model.parameters()):
-                slow.lerp_(parameter, 1 - self.momentum)  # θ' <- m θ' + (1 - m) θ
+                slow.lerp_(parameter, 1 - self.momentum)  # θ' ← m θ' + (1 - m) θ
             slow_images = torch.cat([self.slow.encode_image(images), self.images])  # (B + M, E)
             slow_texts = torch.cat([self.slow.encode_text(tokens), self.texts])
         slow_scenes = torch.cat([scenes, self.scenes])
@@ -312,7 +313,7 @@ class ITC:
 
 # ---- Training ------------------------------------------------------------------------
 def train(args, model, loss_function, digits, labels, history):
-    """Minimizes the loss on scenes made on the fly from uint8 digits (N, 28, 28)."""
+    """Minimizes the loss on scenes made from uint8 digits (N, 28, 28); fills `history`."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     steps = args.epochs * math.ceil(len(digits) / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(steps, 1))  # up, down
@@ -352,7 +353,7 @@ def encode_captions(model, scenes):
 
 
 def foils(scenes, slot, count):
-    """Scenes (count - 1, N, 5) with all other values of scenes (N, 5) in one slot."""
+    """Scenes (N, 5) -> (count - 1, N, 5): copies with each of the other values in one slot."""
     others = scenes.repeat(count - 1, 1, 1)
     others[:, :, slot] = (scenes[:, slot] + torch.arange(1, count)[:, None]) % count
     return others
@@ -360,7 +361,7 @@ def foils(scenes, slot, count):
 
 @torch.no_grad()
 def evaluate(model, digits, labels, held_out):
-    """Shares of unseen images that prefer their caption to all foils; chance is in `CHANCE`."""
+    """Fractions of unseen images closer to their caption than to all foils (see `CHANCE`)."""
     model.eval()
     scenes, index = sample_scenes(labels, torch.randint(len(labels), [1000]), held_out)
     images = model.encode_image(render(digits[index], scenes))  # (N, E)
@@ -373,13 +374,13 @@ def evaluate(model, digits, labels, held_out):
         return ((images * texts).sum(1) > torch.stack(cosines)).all(0).cpu()  # (K, N) -> (N,)
 
     exchanged = torch.stack([scenes[:, [0, 3, 2, 1, 4]], scenes[:, [2, 1, 0, 3, 4]]])  # (2, N, 5)
-    different = (scenes[:, :2] != scenes[:, 2:4]).all(1)  # two digits and two colors
-    trained = (exchanged[0, :, [0, 2]] % len(COLORS) != exchanged[0, :, [1, 3]]).all(1)
+    different = (scenes[:, :2] != scenes[:, 2:4]).all(1)  # digits and colors differ
+    trained = (exchanged[0][:, [0, 2]] % len(COLORS) != exchanged[0][:, [1, 3]]).all(1)
     hits = {"image finds caption": (scenes[best] == scenes).all(1),
             "digit": prefers(foils(scenes, 0, len(DIGITS))),
             "color": prefers(foils(scenes, 1, len(COLORS))),
             "axis (above or left)": prefers(foils(scenes, 4, len(RELATIONS))),
-            "colors bound": prefers(exchanged)[different & trained],  # foils of trained pairs
+            "colors bound": prefers(exchanged)[different & trained],  # no foil has a held-out pair
             "places bound": prefers(twins(scenes, index)[0][None])[different]}
     return {name: hit.float().mean().item() for name, hit in hits.items()}
 
@@ -401,32 +402,32 @@ def main(argv=None):
     try:
         train(args, model, losses[args.loss], digits, labels, history)
     except KeyboardInterrupt:
-        print("Training stopped early; evaluating and saving the current model.")
+        print("Training stopped early; saving and evaluating the current model.")
     save_model(args, model)
     results = {"seen pairs": evaluate(model, test_digits, test_labels, False),
                "held-out pairs": evaluate(model, test_digits, test_labels, True)}
-    plot(args, model, test_digits, test_labels, history, results)
+    plot_results(args, model, test_digits, test_labels, history, results)
     print(json.dumps({"chance": CHANCE, **results}, indent=1))
     save_metrics(args, results, history, source, began)
 
 
 @torch.no_grad()
-def plot(args, model, digits, labels, history, results):
-    """Draws the loss, the results beside chance, and the images nearest to each --prompt."""
+def plot_results(args, model, digits, labels, history, results):
+    """Draws the loss, the results beside chance, and the images nearest to each prompt."""
     _, axes = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
     axes[0].semilogy([row["step"] for row in history], [row["loss"] for row in history])
-    axes[0].set(xlabel="step", title=f"{args.loss} loss in nats")
+    axes[0].set(xlabel="step", title=f"{args.loss} loss in nats (chance: ln B; itc: ln(B + M))")
     rows = np.arange(len(CHANCE))
-    for i, (name, shares) in enumerate({**results, "chance": CHANCE}.items()):
-        axes[1].barh(rows + 0.3 * i, shares.values(), 0.3, label=name)
+    for i, (name, fractions) in enumerate({**results, "chance": CHANCE}.items()):
+        axes[1].barh(rows + 0.3 * i, fractions.values(), 0.3, label=name)
     axes[1].set_yticks(rows + 0.3, CHANCE.keys())
-    axes[1].set(xlim=(0, 1.5), title="shares of unseen images")
+    axes[1].set(xlim=(0, 1.5), title="fractions of unseen images")
     axes[1].legend()
-    scenes, index = sample_scenes(labels, torch.arange(5000) % len(labels))
+    scenes, index = sample_scenes(labels, torch.arange(500 if args.quick else 5000) % len(labels))
     images = render(digits[index], scenes)
     prompts = [prompt.strip() for prompt in args.prompt.split(";")]
-    cosines = model.encode_text(tokenize(prompts)) @ model.encode_image(images).T  # (P, 5000)
-    show_grid(axes[2], images[cosines.topk(6)[1].flatten()], 6, "nearest of 5,000; about 1 exact")
+    cosines = model.encode_text(tokenize(prompts)) @ model.encode_image(images).T  # (P, N)
+    show_grid(axes[2], images[cosines.topk(6)[1].flatten()], 6, f"nearest of {len(images)} images")
     axes[2].set_yticks(range(21, 42 * len(prompts), 42), prompts)
     plt.savefig(f"{args.out}/results.png")
 

@@ -2,19 +2,19 @@
 
     W(l)                                 attention of layer l, mean over the heads; rows sum to 1
     A(l) = (W(l) + I) / 2                I: the skip connection, by which a token also keeps itself
-    Ã(1) = A(1),  Ã(l) = A(l) Ã(l-1)     rollout: what each token takes from each input patch
-    map = row of the class token in Ã(L) without itself, scaled to sum 1
-A Vision Transformer learns to read a digit that lies among pieces of other digits. Then five maps
-of what it looked at are measured, beside those of the same network before training. Pointing: does
-the strongest patch of a map touch the digit's box? Mass: the share of the map in the box. Deletion:
-mean probability of the right class as patches are blackened, strongest first; low is good.
-Sources  Quantifying Attention Flow in Transformers, Abnar, Zuidema, arXiv:2005.00928 (rollout)
-         Generic Attention-model Explainability ..., Chefer, Gur, Wolf, arXiv:2103.15679 (gradient)
-         Early Convolutions Help Transformers See Better, Xiao et al., arXiv:2106.14881 (the stem)
+    Ã(1) = A(1),  Ã(l) = A(l) Ã(l-1)     rollout: what each token takes from each input token
+    map                                  class token's row of Ã(L) without its own entry, sum 1
+
+Measures A Vision Transformer reads a digit among pieces of other digits. Pointing: does the
+         strongest patch of a map touch the digit's box? Mass: the fraction of the map in the box.
+         Deletion: mean probability of the right class as patches go black, strongest first.
+Sources  Rollout: Quantifying Attention Flow in Transformers, Abnar, Zuidema, arXiv:2005.00928
+         Gradient: Generic Attention-model Explainability, Chefer, Gur, Wolf, arXiv:2103.15679
+         Stem: Early Convolutions Help Transformers See Better, Xiao et al., arXiv:2106.14881
          text: 第5章 演習問題の解答, ex. 5.2
 Run      python 07_rollout.py    (--quick for a smoke test, --help for the settings)
-Expect   6 minutes on two CPU cores (AMD EPYC, real MNIST, 2026-11-24), measures.png, maps.png; test
-         accuracy 95.5% (seed 1: 94.9%; chance 10%). 1,000 scenes, in %, for seed 0 and seed 1:
+Expect   6 minutes on two CPU cores (AMD EPYC, real MNIST, 2026-11-26); two pictures. Test accuracy
+         95.5% (seed 1: 94.9%; chance 10%). Measures of 1,000 scenes in %, for seed 0 and seed 1:
                                pointing      mass     deletion     before training: pointing, mass
            last layer          44   59     13   18     46   32      27   49     13   13
            mean of layers      88   98     27   34     18   16      26   71     13   13
@@ -22,9 +22,10 @@ Expect   6 minutes on two CPU cores (AMD EPYC, real MNIST, 2026-11-24), measures
            rollout            100  100     42   46     16   15      72   60     13   13
            gradient            99  100     47   56     16   14      17   64     12   14
            ink: no model       82          46          16         random map: 26, 13, 38
-         Rollout finds the digit; the last layer mostly does not. But pointing is up to 73% before
-         training, and ink alone has a mass of 46%: only mass well above that says something.
-Try      easy: --clutter 12. Which maps get worse?
+         Rollout finds the digit; the last layer often misses it. But pointing is up to 73% before
+         training, and ink alone has as much mass as rollout; only "without residual" has far more.
+Read     Start with `attention_rollout` and `explain`; the rest can wait.
+Try      easy: --clutter 12: which maps get worse?
          medium: one more line in `explain`: rollout of head 0 alone.
          harder: `explain` the model of 04_vit.py (import it with importlib; train it first).
 """
@@ -59,18 +60,18 @@ def get_args(argv=None):
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
     add("--epochs", type=int, default=11, help="passes over the training images")
-    add("--batch-size", type=int, default=64, help="images per step")
+    add("--batch-size", type=int, default=64, help="scenes per step")
     add("--lr", type=float, default=3e-3, help="highest learning rate")
     add("--train-size", type=int, default=60000, help="number of training images")
     add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
     add("--quick", action="store_true", help="smoke test: a short run on 512 images")
-    add("--clutter", type=int, default=4, help="pieces of other digits in a scene")
+    add("--clutter", type=int, default=4, help="number of pieces of other digits in a scene")
     args = parser.parse_args(argv)
     if args.quick:  # flags given on the command line override these
         parser.set_defaults(epochs=2, train_size=512)
         args = parser.parse_args(argv)
     if min(args.epochs, args.clutter) < 0 or min(args.batch_size, args.lr, args.train_size) <= 0:
-        parser.error("--epochs, --clutter: at least 0; --batch-size, --lr, --train-size: above 0")
+        parser.error("--epochs and --clutter must be >= 0; --batch-size, --lr and --train-size > 0")
     args.out += "/07_rollout"
     return args
 
@@ -88,27 +89,26 @@ def attention_rollout(attentions, residual=True):
 
 
 def gradient_rollout(attentions, logits):
-    """R <- R + E_h[(∇A ⊙ A)⁺] R, A raw, ∇A from the top logit: (B, N, N) (Chefer, eq. 5, 6)."""
+    """R ← R + E_h[(∇A ⊙ A)⁺] R, A the raw attention, ∇A of the top logit (Gradient eq. 5, 6)."""
     gradients = torch.autograd.grad(logits.amax(1).sum(), attentions)
     R = torch.eye(attentions[0].shape[-1]).to(logits)
     for attention, gradient in zip(attentions, gradients):
         R = R + (gradient * attention).clamp(min=0).mean(1) @ R
-    return R
+    return R  # (B, N, N)
 
 
 def patch_map(matrix):
-    """What the class token takes from each patch: (B, 1 + n, 1 + n) -> (B, n), rows sum to 1."""
+    """What the class token takes from each patch: (B, 1 + N, 1 + N) -> (B, N), rows sum to 1."""
     row = matrix[:, 0, 1:].detach()
     row = row + (row.sum(1, keepdim=True) == 0)  # uniform if the class token takes nothing
     return row / row.sum(1, keepdim=True)
 
 
 def explain(model, x):
-    """Maps (B, n) of what the model looked at in scenes x (B, 1, H, W), by name."""
+    """Maps (B, N) of what the model looks at in scenes x (B, 1, H, W), by name."""
     logits, attentions = model(x, return_attention=True)
-    W = torch.stack(attentions).mean(2)  # (L, B, h, 1 + n, 1 + n) -> (L, B, 1 + n, 1 + n)
-    matrices = {"last layer": W[-1],
-                "mean of layers": W.mean(0),
+    W = torch.stack(attentions).mean(2)  # (L, B, h, 1 + N, 1 + N) -> (L, B, 1 + N, 1 + N)
+    matrices = {"last layer": W[-1], "mean of layers": W.mean(0),
                 "without residual": attention_rollout(attentions, residual=False),
                 "rollout": attention_rollout(attentions),
                 "gradient": gradient_rollout(attentions, logits)}
@@ -117,33 +117,33 @@ def explain(model, x):
 
 # ---- Measures ------------------------------------------------------------------------
 def to_pixels(maps, size):
-    """One value per patch (B, n) -> one per pixel (B, 1, size, size)."""
+    """One value per patch (B, N) -> one per pixel (B, 1, size, size)."""
     side = math.isqrt(maps.shape[1])
-    return F.interpolate(maps.view(-1, 1, side, side), size=size)  # n = side², row by row
+    return F.interpolate(maps.view(-1, 1, side, side), size=size)  # N = side², row by row
 
 
-def overlap(boxes, size, n):
-    """The share of each patch that lies in the box: (B, 4) in pixels -> (B, n)."""
+def overlap(boxes, size, N):
+    """The fraction of each of N patches that lies in the box: (B, 4) in pixels -> (B, N)."""
     inside = torch.zeros(len(boxes), 1, size, size)
     for image, (top, left, bottom, right) in zip(inside, boxes):
         image[0, top:bottom, left:right] = 1
-    return F.avg_pool2d(inside, size // math.isqrt(n)).flatten(1).to(boxes.device)
+    return F.avg_pool2d(inside, size // math.isqrt(N)).flatten(1).to(boxes.device)
 
 
 def pointing(maps, inside):
-    """1 where the strongest patch touches the box, else 0; ties are averaged. (B,)"""
+    """1 where the strongest patch touches the box, else 0; ties are averaged: (B,)."""
     strongest = maps == maps.amax(1, keepdim=True)
     return (strongest & (inside > 0)).sum(1) / strongest.sum(1)
 
 
 def mass(maps, inside):
-    """The share of the map that lies in the box (B,)."""
+    """The fraction of the map that lies in the box: (B,)."""
     return (maps * inside).sum(1) / maps.sum(1)
 
 
 @torch.no_grad()
 def deletion(model, x, labels, maps, fractions):
-    """Probability of the right class (B, K) with K fractions of patches black, strongest first."""
+    """Probability of the right class (B, K) with each of K fractions of patches black."""
     rank = maps.argsort(dim=1, descending=True, stable=True).argsort(1)  # 0: the strongest patch
     rank = to_pixels(rank.float(), x.shape[2])
     probabilities = []
@@ -154,12 +154,12 @@ def deletion(model, x, labels, maps, fractions):
 
 
 def measure(model, x, labels, boxes):
-    """Means of the three measures, and the deletion curve, by the name of the map."""
+    """The means of the three measures, and the mean deletion curve, by the name of the map."""
     maps = explain(model, x)
-    n = maps["rollout"].shape[1]
-    inside = overlap(boxes, x.shape[2], n)
-    ink = F.adaptive_avg_pool2d(x + 1, math.isqrt(n)).flatten(1)  # no model: how bright a patch is
-    maps |= {"ink": ink, "random": torch.rand_like(inside), "the box": inside}
+    N = maps["rollout"].shape[1]
+    inside = overlap(boxes, x.shape[2], N)
+    ink = F.adaptive_avg_pool2d(x + 1, math.isqrt(N)).flatten(1)  # no model: how bright a patch is
+    maps |= {"ink": ink, "random": torch.rand_like(inside), "the box": inside}  # for comparison
     fractions = [(i / 6) ** 2 for i in range(7)]  # 0, 1, 4, 9, ... of 36 patches
     rows, curves = {}, {}
     for name in maps:
@@ -172,7 +172,7 @@ def measure(model, x, labels, boxes):
 
 # ---- The model, a small Vision Transformer -------------------------------------------
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D) and the attention (B, h, N, N)."""
+    """Multi-head self-attention: (B, N, D) -> (B, N, D), and the attention (B, h, N, N)."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -183,13 +183,13 @@ class Attention(nn.Module):
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3D) -> (B, N, 3, h, D/h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, D/h) each
-        attention = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
-        heads = attention @ v  # (B, h, N, N) @ (B, h, N, D/h) -> (B, h, N, D/h)
+        attention = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)  # (B, h, N, N)
+        heads = attention @ v  # (B, h, N, D/h)
         return self.proj(heads.transpose(1, 2).flatten(2)), attention  # (B, N, h, D/h) -> (B, N, D)
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each added to its input; the first addition is the I of rollout."""
+    """A Transformer block on x (B, N, D); its first addition to x is the I of rollout."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -199,8 +199,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
-        added, attention = self.attn(self.norm1(x))
-        x = x + added
+        out, attention = self.attn(self.norm1(x))
+        x = x + out
         return x + self.mlp(self.norm2(x)), attention
 
 
@@ -221,13 +221,13 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)  # the first predictions are nearly uniform
 
     def forward(self, x, return_attention=False):
-        x = self.stem(x).flatten(2).transpose(1, 2)  # (B, D, size/8, size/8) -> (B, n, D)
+        x = self.stem(x).flatten(2).transpose(1, 2)  # (B, D, H/8, W/8) -> (B, N, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         attentions = []
         for block in self.blocks:
             x, attention = block(x)
             attentions.append(attention)
-        logits = self.head(self.norm(x[:, 0]))  # (B, 1 + n, D) -> (B, 10)
+        logits = self.head(self.norm(x[:, 0]))  # (B, D) -> (B, 10)
         return (logits, attentions) if return_attention else logits
 
 
@@ -235,14 +235,14 @@ class VisionTransformer(nn.Module):
 def scenes(digits, pool, clutter=4, generator=None, size=48):
     """Puts each digit, uint8 (B, 28, 28), at a random place, among 8x8 pieces of the pool's images.
 
-    Returns scenes (B, 1, size, size) in [-1, 1], and the boxes (B, 4) of the ink in pixels.
+    Returns scenes (B, 1, size, size) in [-1, 1], and the boxes (B, 4) of the digits' ink in pixels.
     """
     if digits.dtype != torch.uint8:
         raise ValueError(f"expected uint8 images in 0..255, not {digits.dtype}")
     B = len(digits)
     corners = torch.randint(size - 27, (B, 2), generator=generator).tolist()
     sources = torch.randint(len(pool), (B, clutter), generator=generator).tolist()
-    cuts = torch.randint(4, 18, (B, clutter, 2), generator=generator).tolist()
+    cuts = torch.randint(4, 18, (B, clutter, 2), generator=generator).tolist()  # 4: no margin
     places = torch.randint(size - 7, (B, clutter, 2), generator=generator).tolist()
     digits, pool = digits.numpy(), pool.numpy()
     canvas = np.zeros((B, size, size), np.uint8)
@@ -261,7 +261,7 @@ def scenes(digits, pool, clutter=4, generator=None, size=48):
 
 
 def train(args, model, images, labels, history, device):
-    """Minimizes the cross-entropy on scenes of the images (N, 28, 28), drawn anew at every step."""
+    """Minimizes the cross-entropy on new scenes of uint8 images (N, 28, 28); fills `history`."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(steps, 1))  # up, down
@@ -300,7 +300,7 @@ def main(argv=None):
     try:
         train(args, model, images, labels, history, device)
     except KeyboardInterrupt:
-        print("Training stopped early; evaluating and saving the current model.")
+        print("Training stopped early; saving and evaluating the current model.")
     save_model(args, model)
     test = scenes(test_images, test_images, args.clutter, torch.Generator().manual_seed(1))
     x, boxes, test_labels = [tensor.to(device) for tensor in [*test, test_labels]]
@@ -317,7 +317,7 @@ def main(argv=None):
 
 
 def plot_measures(args, history, results, curves):
-    """The loss; the deletion curves; pointing and mass, trained and untrained."""
+    """Draws the loss, the deletion curves, and pointing and mass, trained and untrained."""
     axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")[1].flatten()
     axes[0].semilogy([row["step"] for row in history], [row["loss"] for row in history])
     axes[0].set(xlabel="step", title="cross-entropy in nats (chance: ln 10 = 2.3)")
@@ -335,7 +335,7 @@ def plot_measures(args, history, results, curves):
 
 
 def plot_maps(args, x, boxes, maps):
-    """Draws scenes x (B, 1, H, W) with boxes (B, 4), and maps (B, n), each over its maximum."""
+    """Draws scenes x (B, 1, H, W) with boxes (B, 4), and maps (B, N), each scaled to maximum 1."""
     x = (x.cpu() + 1) / 2
     tiles = [x.clone()]
     for scene, (top, left, bottom, right) in zip(tiles[0], boxes.tolist()):

@@ -313,7 +313,7 @@ def test_default_settings_and_networks():
     args = script.get_args([])
     assert (args.epochs, args.batch_size, args.lr) == (10, 128, 4e-3)
     assert (args.latent_dim, args.as_printed, args.train_size) == (20, False, 60000)
-    shapes = [tuple(m.weight.shape) for m in script.TwoLevelVAE().modules()
+    shapes = [tuple(m.weight.shape) for m in script.TwoLevelVAE(20).modules()
               if isinstance(m, nn.Linear)]
     assert shapes == [(512, 784), (40, 512), (256, 20), (256, 256), (40, 256),  # the encoders
                       (256, 20), (256, 256), (40, 256), (512, 20), (784, 512)]  # the decoders

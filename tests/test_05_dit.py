@@ -581,7 +581,7 @@ def test_training_is_adam_on_the_sum_of_both_terms_with_one_cycle():
     assert model.w.item() == pytest.approx(twin.w.item(), rel=1e-3)
     assert model.u.item() == pytest.approx(twin.u.item(), rel=1e-3)
     assert [row["step"] for row in history] == list(range(1, 10))
-    np.testing.assert_allclose([[row["L_simple"], row["bound"]] for row in history], rows, rtol=1e-3,
+    np.testing.assert_allclose([[row["L_simple"], row["L_{t-1}"]] for row in history], rows, rtol=1e-3,
                                atol=1e-5)
 
 
@@ -600,7 +600,7 @@ def test_reported_losses_are_the_means_since_the_last_report():
             losses.append([term.item() for term in terms])
     assert [row["step"] for row in history] == list(range(5, 91, 5))
     expected = [np.mean(losses[i:i + 5], 0) for i in range(0, 90, 5)]
-    np.testing.assert_allclose([[row["L_simple"], row["bound"]] for row in history], expected,
+    np.testing.assert_allclose([[row["L_simple"], row["L_{t-1}"]] for row in history], expected,
                                rtol=1e-4, atol=1e-5)
 
 
@@ -777,7 +777,7 @@ def test_the_picture_of_samples_has_a_hundred_and_tells_the_guidance(tmp_path):
     args.out = str(tmp_path)
     images, _ = script.draw_characters(10, 0)
     samples, latents = torch.rand(120, 1, 28, 28), [torch.randn(10, 2, 8, 8)] * 5
-    script.plot(args, [], script.Autoencoder(), images, latents, samples)
+    script.plot_results(args, [], script.Autoencoder(), images, latents, samples)
     axes = plt.gcf().axes[3]
     assert np.asarray(axes.images[0].get_array()).shape[:2] == (300, 300)
     assert "3.5" in axes.get_title() and (tmp_path / "results.png").exists()
