@@ -81,9 +81,8 @@ def attention_rollout(attentions, residual=True):
     """Multiplies the attention of L layers, first to last: L times (B, h, N, N) -> (B, N, N)."""
     identity = rollout = torch.eye(attentions[0].shape[-1]).to(attentions[0])
     for attention in attentions:
-        A = attention.mean(1)  # W(l), the mean over the heads: (B, h, N, N) -> (B, N, N)
-        if residual:
-            A = (A + identity) / 2  # the skip connection; rows of W and of I sum to 1
+        W = attention.mean(1)  # the mean over the heads: (B, h, N, N) -> (B, N, N)
+        A = (W + identity) / 2 if residual else W  # the skip connection; rows of W and I sum to 1
         rollout = A @ rollout  # Ã(l) = A(l) Ã(l-1)
     return rollout
 
@@ -231,7 +230,7 @@ class VisionTransformer(nn.Module):
         return (logits, attentions) if return_attention else logits
 
 
-# ---- Scenes and training -------------------------------------------------------------
+# ---- Scenes --------------------------------------------------------------------------
 def scenes(digits, pool, clutter=4, generator=None, size=48):
     """Puts each digit, uint8 (B, 28, 28), at a random place, among 8x8 pieces of the pool's images.
 
@@ -260,6 +259,7 @@ def scenes(digits, pool, clutter=4, generator=None, size=48):
     return torch.tensor(canvas)[:, None].float() / 127.5 - 1, boxes
 
 
+# ---- Training ------------------------------------------------------------------------
 def train(args, model, images, labels, history, device):
     """Minimizes the cross-entropy on new scenes of uint8 images (N, 28, 28); fills `history`."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr)

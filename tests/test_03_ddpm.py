@@ -235,6 +235,10 @@ def test_first_term_is_near_the_noise_error_of_exercise_5_5():
     constant = 0.5 * math.log(2 * math.pi * beta) - math.log(2 / 255)
     assert abs((exact - error - constant).mean()) < 0.05 * exact.mean()
     torch.testing.assert_close(l0_approximation(x0, mean, beta), error + constant)
+    black = torch.tensor(-1.0, dtype=torch.float64)  # at the edge it fails, even for mean = x0
+    nats = -ddpm.discretized_log_likelihood(black, black, beta.sqrt())
+    assert nats.item() == pytest.approx(0.43, abs=0.005)
+    assert constant == pytest.approx(1.16, abs=0.005)
 
 
 def test_dropped_weight_is_that_of_the_exercise():

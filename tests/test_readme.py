@@ -14,7 +14,12 @@ from conftest import ROOT, SCRIPTS, load_script
 README = ROOT / "README.md"
 FIGURES = ROOT / ".github" / "figures"
 EXERCISES = ([f"5.{i}" for i in range(1, 8)] + [f"6.{i}" for i in range(1, 11)]
-             + [f"C.{i}" for i in range(1, 6)] + [f"8.{i}" for i in range(1, 5)])
+             + [f"C.{i}" for i in range(1, 6)] + [f"8.{i}" for i in range(1, 5)]
+             + [f"DiT: {topic}" for topic in ("latent space", "patches", "blocks",
+                "learned variance", "guidance", "inductive bias", "scaling")]
+             + [f"ViT: {topic}" for topic in ("patches", "positions", "heads", "augmentation",
+                "masked autoencoder", "CKA", "few-shot by layer", "inductive bias",
+                "distillation")])
 module = functools.cache(lambda name: load_script(ROOT / name))
 
 
