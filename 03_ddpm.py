@@ -425,7 +425,7 @@ def load_data(args):
         if args.data and args.data != "drawn":
             sys.exit(f"--data needs the four MNIST files: {error}")
         source = "drawn digits (not MNIST)"
-        data = [*draw_characters(args.train_size, 0), *draw_characters(10000, 1)]
+        data = [*draw_characters(args.train_size, 0), *draw_characters(2000, 1)]
     print(f"data: {source}")
     for images, labels in [data[:2], data[2:]]:
         if images.shape != (len(labels), 28, 28) or labels.max() > 9:

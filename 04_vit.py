@@ -217,7 +217,7 @@ def ridge(x, labels, classes, lam=10.0):
 
 def few_shot(args, model, device):
     """Learns letters from n examples of each in two ways (ex. 5.1); returns the accuracies by n."""
-    letters = draw_characters(7200, 2, "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    letters = draw_characters(2500 if args.quick else 7200, 2, "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
     images, labels = [tensor.to(device) for tensor in letters]  # the last 2,000 for testing
     z = features(model, images)
     accuracy = {"ridge": {}, "fine-tuning": {}}
@@ -386,7 +386,7 @@ def load_data(args):
         if args.data and args.data != "drawn":
             sys.exit(f"--data needs the four MNIST files: {error}")
         source = "drawn digits (not MNIST)"
-        data = [*draw_characters(args.train_size, 0), *draw_characters(10000, 1)]
+        data = [*draw_characters(args.train_size, 0), *draw_characters(2000, 1)]
     print(f"data: {source}")
     for images, labels in [data[:2], data[2:]]:
         if images.shape != (len(labels), 28, 28) or labels.max() > 9:

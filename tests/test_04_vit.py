@@ -451,7 +451,7 @@ def test_judging_trains_nothing_and_changes_no_file(tmp_path, monkeypatch, capsy
     script.main(["--quick", "--data", "drawn", "--device", "cpu", "--out", str(tmp_path), "--load",
                  str(out / "model.pt"), "--judge", str(tmp_path / "samples.npz")])
     (args, judging, test_images), = calls
-    assert judging.state_dict()["pos_embed"].equal(model.pos_embed) and len(test_images) == 10000
+    assert judging.state_dict()["pos_embed"].equal(model.pos_embed) and len(test_images) == 2000
     assert (out / "metrics.json").read_text() == "old" and len(list(out.iterdir())) == 2
 
 
@@ -523,7 +523,7 @@ def test_main_hands_on_data_and_flags_and_draws_what_it_finds(tmp_path, monkeypa
     drawn, names = script.draw_characters(512, 0)
     assert images.equal(drawn) and labels.equal(names)
     assert model.pos_embed.shape == (1, 5, 64) and not model.pos_embed.any()
-    test_images, test_labels = script.draw_characters(10000, 1)
+    test_images, test_labels = script.draw_characters(2000, 1)
     metrics = json.loads((tmp_path / "04_vit" / "metrics.json").read_text())
     right = torch.cat([model(script.scale(x)).argmax(1) for x in test_images.split(1000)]) == test_labels
     assert metrics["results"]["accuracy (chance 0.1)"] == pytest.approx(right.float().mean().item())

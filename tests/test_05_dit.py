@@ -717,7 +717,7 @@ def test_main_hands_on_data_and_flags_and_draws_what_it_finds(flag, tmp_path, mo
     assert torch.initial_seed() == 7
     out = tmp_path / "05_dit"
     drawn, names = script.draw_characters(512, 0)
-    test_images, test_labels = script.draw_characters(10000, 1)
+    test_images, test_labels = script.draw_characters(2000, 1)
     autoencoder, images = seen["train_autoencoder"]
     args, diffusion, model, latents, labels, history = seen["train"]
     assert images.equal(drawn) and labels.equal(names) and not labels.equal(names + 1)
@@ -784,7 +784,8 @@ def test_the_picture_of_samples_has_a_hundred_and_tells_the_guidance(tmp_path):
 
 
 def test_a_loaded_model_keeps_its_autoencoder(tmp_path, monkeypatch):
-    flags = ["--quick", "--data", "drawn", "--device", "cpu", "--samples", "10", "--steps", "2"]
+    flags = ["--quick", "--data", "drawn", "--device", "cpu", "--samples", "10", "--steps", "2",
+             "--train-size", "64"]
     script.main([*flags, "--out", str(tmp_path / "one")])
     before = torch.load(tmp_path / "one/05_dit/model.pt", weights_only=True)["weights"]
     monkeypatch.setattr(script, "train_autoencoder", pytest.fail)

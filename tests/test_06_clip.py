@@ -785,7 +785,7 @@ def test_main_hands_on_data_and_flags_and_draws_what_it_finds(loss, tmp_path, mo
     assert pictures.equal(drawn) and names.equal(labels)
     assert (loss_function is script.clip_loss) == (loss == "clip")
     assert isinstance(loss_function, script.ITC) == (loss == "itc")
-    test_images, test_labels = script.draw_characters(10000, 1)
+    test_images, test_labels = script.draw_characters(2000, 1)
     for values, new in zip(seen["evaluate"], (False, True), strict=True):
         assert values[0] is net and values[1].equal(test_images) and values[2].equal(test_labels)
         assert values[3] is new

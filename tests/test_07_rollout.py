@@ -453,10 +453,12 @@ def test_a_loaded_model_is_the_trained_one_and_the_untrained_stays(tmp_path, mon
     torch.save({"settings": {}, "weights": saved.state_dict()}, tmp_path / "model.pt")
     measured = []
     measure = script.measure
+    data = script.draw_characters(50, 0)
+    monkeypatch.setattr(script, "load_data", lambda args: (*data, *data, "mine"))
     monkeypatch.setattr(script, "measure",
                         lambda net, *data: measured.append(net) or measure(net, *data))
-    script.main(["--quick", "--data", "drawn", "--device", "cpu", "--out", str(tmp_path),
-                 "--epochs", "0", "--load", str(tmp_path / "model.pt")])
+    script.main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--epochs", "0",
+                 "--load", str(tmp_path / "model.pt")])
     torch.manual_seed(0)
     for net, expected in zip(measured, (saved, script.VisionTransformer())):
         assert all(p.equal(q) for p, q in zip(net.parameters(), expected.parameters()))
@@ -480,7 +482,7 @@ def test_main_measures_both_networks_on_the_same_scenes_and_draws_them(tmp_path,
     (args, model, images, labels, history, _), = seen["train"]
     drawn, names = script.draw_characters(512, 0)
     assert images.equal(drawn) and labels.equal(names) and args.clutter == 2
-    test_images, test_labels = script.draw_characters(10000, 1)
+    test_images, test_labels = script.draw_characters(2000, 1)
     x, boxes = script.scenes(test_images, test_images, 2, torch.Generator().manual_seed(1))
     (one, *data), (other, *same) = seen["measure"]
     for values in (data, same):

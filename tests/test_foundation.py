@@ -467,7 +467,7 @@ def test_where_all_mirrors_fail_digits_are_drawn(spoil, mirrors, tmp_path, capsy
     mirrors(spoil, spoil)
     images, labels, _, test_labels, source = load(train_size=50)
     assert source == "drawn digits (not MNIST)" and f"data: {source}" in capsys.readouterr().out
-    assert images.shape == (50, 28, 28) and len(labels) == 50 and len(test_labels) == 10000
+    assert images.shape == (50, 28, 28) and len(labels) == 50 and len(test_labels) == 2000
     assert not (tmp_path / "new").exists() or not list((tmp_path / "new" / "mnist").iterdir())
 
 
