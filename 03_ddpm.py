@@ -72,7 +72,7 @@ def get_args(argv=None):
     add("--ddim-steps", type=int, default=50, help="number of DDIM steps; 0: Algorithm 2, all T")
     args = parser.parse_args(argv)
     if args.quick:  # flags given on the command line override these
-        parser.set_defaults(epochs=1, train_size=512, T=50, samples=20)
+        parser.set_defaults(epochs=1, train_size=512, batch_size=64, T=50, samples=20)
         args = parser.parse_args(argv)
     positive = [args.batch_size, args.lr, args.train_size, args.samples, args.T - 24]  # T ≥ 25
     if min(positive) <= 0 or min(args.epochs, args.ddim_steps) < 0 or args.samples % 10:
@@ -317,13 +317,13 @@ def main(argv=None):
 
 
 def plot_training(args, history, snapshots):
-    """Draws the loss, and every third entry of `snapshots`: samples from the same ten x_T."""
+    """Draws the loss, and every third entry of `snapshots`, latest first: samples from one x_T."""
     if not history:
         return
     _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     axes[0].semilogy([row["step"] for row in history], [row["loss"] for row in history])
     axes[0].set(xlabel="step", title="L_simple (predicting ε = 0 gives 1)")
-    show_grid(axes[1], (torch.cat(snapshots[1::3]) + 1) / 2, 10, "samples during training")
+    show_grid(axes[1], (torch.cat(snapshots[::-3]) + 1) / 2, 10, "samples during training, latest first")
     plt.savefig(f"{args.out}/training.png")
 
 

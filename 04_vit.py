@@ -221,14 +221,14 @@ def few_shot(args, model, device):
     images, labels = [tensor.to(device) for tensor in letters]  # the last 2,000 for testing
     z = features(model, images)
     accuracy = {"ridge": {}, "fine-tuning": {}}
-    for n in [5] if args.quick else [1, 5, 20, 100]:
+    for n, epochs in [(5, 4)] if args.quick else [(1, 200), (5, 40), (20, 10), (100, 2)]:
         chosen = torch.cat([(labels[:-2000] == k).nonzero()[:n, 0] for k in range(26)])
         began = time.time()
         W = ridge(z[chosen], labels[chosen], 26)
         print(f"{n} of each letter: ridge took {time.time() - began:.4f} s; fine-tuning:")
         tuned = copy.deepcopy(model)
-        tuned.head = nn.Linear(z.shape[1], 26).to(device)
-        settings = get_args(f"--epochs {200 // n} --batch-size 32 --lr 1e-3".split())
+        tuned.head = nn.Linear(z.shape[1], 26, device=device)
+        settings = get_args(f"--epochs {epochs} --batch-size 32 --lr 1e-3".split())
         train(settings, tuned, images[chosen], labels[chosen], [])
         tuned_scores = tuned.head(features(tuned, images[-2000:]))
         for way, scores in [("ridge", z[-2000:] @ W), ("fine-tuning", tuned_scores)]:
@@ -265,8 +265,8 @@ def judge(args, model, test_images):
     for name, z in sets.items():
         certainty, classes = model.head(z).softmax(1).cpu().max(1)
         clear = (certainty > 0.95).float().mean()
-        distance = frechet_distance(z, real)
-        print(f"{name}: {clear:.1%} clear (over 95% sure), Fréchet distance {distance:.2f}")
+        print(f"{name}: {clear:.1%} clear (over 95% sure), "
+              f"Fréchet distance {frechet_distance(z, real):.2f}")
         if labels is not None and name != "test images":
             print(f"  {(classes == labels).float().mean():.1%} show the digit asked for")
 
@@ -315,7 +315,7 @@ def plot_results(args, model, x, history, letters):
     seen = (seen / seen.amax(2, keepdim=True)).unflatten(2, (28 // args.patch_size, -1))
     seen = F.interpolate(seen, scale_factor=args.patch_size)  # (L, 10, 28, 28)
     tiles = torch.cat([(x[:10] + 1) / 2, seen.view(-1, 1, 28, 28)])
-    show_grid(axes[2], tiles, len(x[:10]), "images; attention of the class token, layers 1 to L")
+    show_grid(axes[2], tiles, seen.shape[1], "images; attention of the class token, layers 1 to L")
     means = [z.mean(1) for z in layers]  # (B, 1 + N, D) -> (B, D), mean over tokens
     plt.colorbar(axes[3].imshow([[cka(a, b) for a in means] for b in means], vmin=0, vmax=1))
     axes[3].set(title="CKA: similarity of the layers z_0 to z_L")

@@ -360,13 +360,13 @@ def foils(scenes, slot, count):
 
 
 @torch.no_grad()
-def evaluate(model, digits, labels, held_out):
+def evaluate(args, model, digits, labels, held_out):
     """Fractions of unseen images closer to their caption than to all foils (see `CHANCE`)."""
     model.eval()
-    scenes, index = sample_scenes(labels, torch.randint(len(labels), [1000]), held_out)
+    first = torch.randint(len(labels), [100 if args.quick else 1000])
+    scenes, index = sample_scenes(labels, first, held_out)
     images = model.encode_image(render(digits[index], scenes))  # (N, E)
     texts = encode_captions(model, scenes)
-    best = (images @ texts.T).argmax(1).cpu()
 
     def prefers(others):
         """Whether an image is closer to its own caption than to those of others (K, N, 5)."""
@@ -376,7 +376,7 @@ def evaluate(model, digits, labels, held_out):
     exchanged = torch.stack([scenes[:, [0, 3, 2, 1, 4]], scenes[:, [2, 1, 0, 3, 4]]])  # (2, N, 5)
     different = (scenes[:, :2] != scenes[:, 2:4]).all(1)  # digits and colors differ
     trained = (exchanged[0][:, [0, 2]] % len(COLORS) != exchanged[0][:, [1, 3]]).all(1)
-    hits = {"image finds caption": (scenes[best] == scenes).all(1),
+    hits = {"image finds caption": (scenes[(images @ texts.T).argmax(1).cpu()] == scenes).all(1),
             "digit": prefers(foils(scenes, 0, len(DIGITS))),
             "color": prefers(foils(scenes, 1, len(COLORS))),
             "axis (above or left)": prefers(foils(scenes, 4, len(RELATIONS))),
@@ -404,8 +404,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("Training stopped early; saving and evaluating the current model.")
     save_model(args, model)
-    results = {"seen pairs": evaluate(model, test_digits, test_labels, False),
-               "held-out pairs": evaluate(model, test_digits, test_labels, True)}
+    results = {"seen pairs": evaluate(args, model, test_digits, test_labels, False),
+               "held-out pairs": evaluate(args, model, test_digits, test_labels, True)}
     plot_results(args, model, test_digits, test_labels, history, results)
     print(json.dumps({"chance": CHANCE, **results}, indent=1))
     save_metrics(args, results, history, source, began)
