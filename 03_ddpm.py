@@ -323,7 +323,7 @@ def plot_training(args, history, snapshots):
     _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     axes[0].semilogy([row["step"] for row in history], [row["loss"] for row in history])
     axes[0].set(xlabel="step", title="L_simple (predicting ε = 0 gives 1)")
-    show_grid(axes[1], (torch.cat(snapshots[::-3]) + 1) / 2, 10, "samples during training, latest first")
+    show_grid(axes[1], (torch.cat(snapshots[::-3]) + 1) / 2, 10, "samples in training, last on top")
     plt.savefig(f"{args.out}/training.png")
 
 

@@ -200,7 +200,7 @@ def test_a_new_color_is_one_line(monkeypatch):
     assert net.token_embedding.num_embeddings > tokens.max()
     assert names["CHANCE"]["color"] == pytest.approx(1 / 7)
     assert names["get_args"](["--prompt", "a cyan zero above a red one"]).prompt
-    found = names["evaluate"](net, images, labels, False)
+    found = names["evaluate"](names["get_args"]([]), net, images, labels, False)
     assert set(found) == set(names["CHANCE"])
 
 
