@@ -22,7 +22,7 @@ Expect   2.5 minutes on two CPU cores (AMD EPYC, real MNIST, 2026-11-26); two pi
 Read     Start with `TwoLevelVAE.elbo` and `train`; the rest can wait.
 Try      easy: --as-printed: level 2 costs nothing. What do draws from p(z1 | z2) look like then?
          medium: --latent-dim 5: what does each level cost then, and what do the samples lose?
-         harder: add a third level: two networks like `encoder2` and `decoder2`, between z2 and z3.
+         harder: a third level like `encoder2` and `decoder2`; change `elbo` and `sample` as well.
 """
 
 import argparse
@@ -147,7 +147,7 @@ class TwoLevelVAE(nn.Module):
 
     def sample(self, z):
         """z (B, latent_dim) from N(0, I) at the top level -> images (B, 784), the means x̂(z1)."""
-        if self.levels == 2:
+        if self.levels > 1:
             z = reparameterize(*self.prior(z))
         return self.decoder1(z)
 

@@ -91,13 +91,13 @@ def per_image(values, x):
 class Diffusion:
     """The forward process q, the reverse process p_θ, and the variational bound.
 
-    `model(x_t, t)` estimates the noise ε in x_t (B, ...); t (B,) holds integers from 1 to T.
-    `betas[t]` is β_t and `alpha_bars[t]` is ᾱ_t, for t = 0..T, with β_0 = 0 and ᾱ_0 = 1.
+    `model(x_t, t)` estimates the noise ε in x_t (B, ...), for x_0 in [-1, 1] and t (B,) in 1..T, on
+    the CPU. `betas[t]` is β_t and `alpha_bars[t]` is ᾱ_t, for t = 0..T, with β_0 = 0 and ᾱ_0 = 1.
     """
 
     def __init__(self, T=1000):
         self.T = T
-        betas = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)  # DDPM section 4, any T
+        betas = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)  # DDPM section 4; T > 20
         self.betas = F.pad(betas, (1, 0))
         self.alpha_bars = torch.cumprod(1 - self.betas, 0)
 

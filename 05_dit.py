@@ -89,6 +89,13 @@ def get_args(argv=None):
 
 
 # ---- The latent space ----------------------------------------------------------------
+def scale(images):
+    """uint8 (B, 28, 28) in 0..255 -> float (B, 1, 28, 28) in [-1, 1]."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"expected uint8 images in 0..255, not {images.dtype}")
+    return images[:, None].float() / 127.5 - 1
+
+
 class Autoencoder(nn.Module):
     """A VAE (LDM section 3.1): images (B, 1, 28, 28) in [-1, 1] <-> latents z (B, 2, 8, 8)."""
 
@@ -193,7 +200,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """x_t (B, C, H, W), times t (B,), classes y (B,) (-1: none) -> ε̂ and `mix`, each (B, C, H, W).
 
-    The parameters are named as in facebookresearch/DiT; the defaults are those of DiT-XL/2.
+    Names are facebookresearch/DiT's, defaults DiT-XL/2's; hidden_size: multiple of 4 and num_heads.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
@@ -258,14 +265,14 @@ def sincos_positions(side, dim):
 class Diffusion:
     """The forward process q and the reverse process p_θ of latents x_0 (B, C, H, W).
 
-    For x_t, times t (B,) from 1 to T and classes y (B,), `model(x_t, t, y)` returns its estimate ε̂
-    of the noise and `mix` = 2v - 1 (IDDPM eq. 15): mix = -1 gives σ² = β̃, mix = 1 gives σ² = β.
+    For x_t, times t (B,) in 1..T (on the CPU) and classes y (B,), `model(x_t, t, y)` returns ε̂,
+    its estimate of the noise, and `mix` = 2v - 1 (IDDPM eq. 15): -1 gives σ² = β̃, and 1 gives σ² = β.
     `alpha_bars[t]` is ᾱ_t for t = 0..T, with ᾱ_0 = 1.
     """
 
     def __init__(self, T=1000):
         self.T = T
-        betas = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)  # DDPM section 4, any T
+        betas = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)  # DDPM section 4; T > 20
         self.alpha_bars = torch.cumprod(1 - F.pad(betas, (1, 0)), 0).view(-1, 1, 1, 1)
 
     def q_posterior(self, x0, x_t, t, s):
@@ -296,7 +303,7 @@ class Diffusion:
         error = (true_mean - mean).square() + beta_tilde
         nll = 0.5 * ((2 * math.pi * variance).log() + error / variance)
         entropy = 0.5 * (2 * math.pi * math.e * beta_tilde).log()
-        entropy[t == 1] = 0  # t = 1 has no KL: L_0 = -log p_θ(x_0 | x_1)
+        entropy[t == 1] = 0  # t = 1: L_0 = -log p_θ(x_0 | x_1), which can be < 0
         return simple, (nll - entropy).mean()
 
     @torch.no_grad()
@@ -316,7 +323,7 @@ class Diffusion:
 
 
 def guided(model, x, t, y, guidance):
-    """Classifier-free guidance (CFG eq. 6): ε̂ moves from no class (-1) to y, and beyond."""
+    """Classifier-free guidance (CFG eq. 6): ε̂ moves from no class (-1, as in `train`) beyond y."""
     eps, mix = model(x, t, y)
     if guidance != 1:
         null_eps, _ = model(x, t, torch.full_like(y, -1))
@@ -325,13 +332,6 @@ def guided(model, x, t, y, guidance):
 
 
 # ---- Training ------------------------------------------------------------------------
-def scale(images):
-    """uint8 (B, 28, 28) in 0..255 -> float (B, 1, 28, 28) in [-1, 1]."""
-    if images.dtype != torch.uint8:
-        raise ValueError(f"expected uint8 images in 0..255, not {images.dtype}")
-    return images[:, None].float() / 127.5 - 1
-
-
 def train_autoencoder(autoencoder, images, epochs=2):
     """Minimizes ‖x - x̂‖² + KL / 2 (LDM adds a GAN), then sets std so that z has variance 1."""
     optimizer = torch.optim.Adam(autoencoder.parameters(), 2e-3)

@@ -262,7 +262,7 @@ class CLIP(nn.Module):
 
 # ---- The contrastive loss ------------------------------------------------------------
 def cross_entropy(logits, scenes, others):
-    """The mean cross-entropy in nats of logits (A, B); the true pairs are on the diagonal."""
+    """Cross-entropy in nats of logits (A, B), diagonal true, without other pairs of equal scenes."""
     target = torch.arange(len(logits))
     duplicates = (scenes[:, None] == others).all(2)  # (A, 5), (B, 5) -> (A, B)
     duplicates[target, target] = False  # the answer stays; k copies of it would cost ln k
@@ -271,7 +271,7 @@ def cross_entropy(logits, scenes, others):
 
 
 def clip_loss(model, images, tokens, scenes):
-    """CLIP's loss of images (B, 3, H, W), tokens (B, L), scenes (B, 5); ln B by chance."""
+    """CLIP's loss (chance: ln B); equal rows of scenes (B, n) mark equal captions: no negatives."""
     logits = model(images, tokens)  # (B, B)
     loss_i = cross_entropy(logits, scenes, scenes)  # each image finds its text (ex. 6.1)
     loss_t = cross_entropy(logits.T, scenes, scenes)  # each text finds its image

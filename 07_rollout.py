@@ -78,7 +78,7 @@ def get_args(argv=None):
 
 # ---- Rollout and other maps ----------------------------------------------------------
 def attention_rollout(attentions, residual=True):
-    """Multiplies the attention of L layers, first to last: L times (B, h, N, N) -> (B, N, N)."""
+    """Attention (B, h, N, N) of layers in order -> (B, N, N); row i: what token i takes in."""
     identity = rollout = torch.eye(attentions[0].shape[-1]).to(attentions[0])
     for attention in attentions:
         W = attention.mean(1)  # the mean over the heads: (B, h, N, N) -> (B, N, N)
@@ -97,7 +97,7 @@ def gradient_rollout(attentions, logits):
 
 
 def patch_map(matrix):
-    """What the class token takes from each patch: (B, 1 + N, 1 + N) -> (B, N), rows sum to 1."""
+    """What the class token, number 0, takes from each patch: (B, 1 + N, 1 + N) -> (B, N), sum 1."""
     row = matrix[:, 0, 1:].detach()
     row = row + (row.sum(1, keepdim=True) == 0)  # uniform if the class token takes nothing
     return row / row.sum(1, keepdim=True)
