@@ -266,7 +266,7 @@ class Diffusion:
     """The forward process q and the reverse process p_θ of latents x_0 (B, C, H, W).
 
     For x_t, times t (B,) in 1..T (on the CPU) and classes y (B,), `model(x_t, t, y)` returns ε̂,
-    its estimate of the noise, and `mix` = 2v - 1 (IDDPM eq. 15): -1 gives σ² = β̃, and 1 gives σ² = β.
+    its estimate of the noise, and `mix` = 2v - 1 (IDDPM eq. 15): -1 gives σ² = β̃, 1 gives σ² = β.
     `alpha_bars[t]` is ᾱ_t for t = 0..T, with ᾱ_0 = 1.
     """
 
@@ -343,7 +343,7 @@ def train_autoencoder(autoencoder, images, epochs=2):
             loss.backward()
             optimizer.step()
         print(f"autoencoder: squared error {error:.1f}, KL {kl:.1f} nats per image")
-    autoencoder.std.copy_(autoencoder.encode(images).std())
+    autoencoder.std.mul_(autoencoder.encode(images).std())
 
 
 def train(args, diffusion, model, latents, labels, history):
@@ -411,7 +411,7 @@ def main(argv=None):
     pixels = (samples[:, 0] * 255).round().byte().cpu()
     np.savez_compressed(f"{args.out}/samples.npz", images=pixels, labels=y)
     rows = [diffusion.sample(dit, x_T[:10], y[:10], g, args.steps, True) for g in [0, 1, 2, 4, 8]]
-    results = {"L_simple, test (ε̂ = 0: 1)": simple.item(), "L_{t-1} in nats, test": bound.item()}
+    results = {"test L_simple (output 0: 1)": simple.item(), "test L_{t-1} in nats": bound.item()}
     plot_results(args, history, autoencoder, test_images[:10], rows, samples)
     print(json.dumps(results, indent=1))
     save_metrics(args, results, history, source, began)
@@ -540,7 +540,7 @@ def load_weights(args, model):
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
         differ = checkpoint["settings"].items() - vars(args).items()
-        print(f"--load {args.load}: settings that differ: {differ}")
+        print(f"--load {args.load} was saved with other settings: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
         sys.exit(f"--load {args.load} cannot be used: {error}")

@@ -262,7 +262,7 @@ class CLIP(nn.Module):
 
 # ---- The contrastive loss ------------------------------------------------------------
 def cross_entropy(logits, scenes, others):
-    """Cross-entropy in nats of logits (A, B), diagonal true, without other pairs of equal scenes."""
+    """Cross-entropy in nats of logits (A, B), diagonal true; other equal scenes are left out."""
     target = torch.arange(len(logits))
     duplicates = (scenes[:, None] == others).all(2)  # (A, 5), (B, 5) -> (A, B)
     duplicates[target, target] = False  # the answer stays; k copies of it would cost ln k
@@ -289,7 +289,7 @@ class ITC:
     def __init__(self, model, M=4096, momentum=0.995):
         self.M = M
         self.momentum = momentum
-        self.slow = copy.deepcopy(model)
+        self.slow = copy.deepcopy(model).train()
         self.images = self.texts = model.text_projection.detach()[:0]  # (0, E): an empty queue
         self.scenes = torch.zeros(0, 5, dtype=torch.long)
 
@@ -360,11 +360,10 @@ def foils(scenes, slot, count):
 
 
 @torch.no_grad()
-def evaluate(args, model, digits, labels, held_out):
+def evaluate(model, digits, labels, held_out):
     """Fractions of unseen images closer to their caption than to all foils (see `CHANCE`)."""
     model.eval()
-    first = torch.randint(len(labels), [100 if args.quick else 1000])
-    scenes, index = sample_scenes(labels, first, held_out)
+    scenes, index = sample_scenes(labels, torch.randint(len(labels), [1000]), held_out)
     images = model.encode_image(render(digits[index], scenes))  # (N, E)
     texts = encode_captions(model, scenes)
 
@@ -376,7 +375,8 @@ def evaluate(args, model, digits, labels, held_out):
     exchanged = torch.stack([scenes[:, [0, 3, 2, 1, 4]], scenes[:, [2, 1, 0, 3, 4]]])  # (2, N, 5)
     different = (scenes[:, :2] != scenes[:, 2:4]).all(1)  # digits and colors differ
     trained = (exchanged[0][:, [0, 2]] % len(COLORS) != exchanged[0][:, [1, 3]]).all(1)
-    hits = {"image finds caption": (scenes[(images @ texts.T).argmax(1).cpu()] == scenes).all(1),
+    best = (images @ texts.T).argmax(1).cpu()
+    hits = {"image finds caption": (scenes[best] == scenes).all(1),
             "digit": prefers(foils(scenes, 0, len(DIGITS))),
             "color": prefers(foils(scenes, 1, len(COLORS))),
             "axis (above or left)": prefers(foils(scenes, 4, len(RELATIONS))),
@@ -404,8 +404,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("Training stopped early; saving and evaluating the current model.")
     save_model(args, model)
-    results = {"seen pairs": evaluate(args, model, test_digits, test_labels, False),
-               "held-out pairs": evaluate(args, model, test_digits, test_labels, True)}
+    results = {"seen pairs": evaluate(model, test_digits, test_labels, False),
+               "held-out pairs": evaluate(model, test_digits, test_labels, True)}
     plot_results(args, model, test_digits, test_labels, history, results)
     print(json.dumps({"chance": CHANCE, **results}, indent=1))
     save_metrics(args, results, history, source, began)
@@ -540,7 +540,7 @@ def load_weights(args, model):
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
         differ = checkpoint["settings"].items() - vars(args).items()
-        print(f"--load {args.load}: settings that differ: {differ}")
+        print(f"--load {args.load} was saved with other settings: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
         sys.exit(f"--load {args.load} cannot be used: {error}")

@@ -104,7 +104,7 @@ def patch_map(matrix):
 
 
 def explain(model, x):
-    """Maps (B, N) of what the model looks at in scenes x (B, 1, H, W), by name."""
+    """Maps (B, N) of what the model looks at in scenes x (B, 1, H, W), by name; needs gradients."""
     logits, attentions = model(x, return_attention=True)
     W = torch.stack(attentions).mean(2)  # (L, B, h, 1 + N, 1 + N) -> (L, B, 1 + N, 1 + N)
     matrices = {"last layer": W[-1], "mean of layers": W.mean(0),
@@ -460,7 +460,7 @@ def load_weights(args, model):
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
         differ = checkpoint["settings"].items() - vars(args).items()
-        print(f"--load {args.load}: settings that differ: {differ}")
+        print(f"--load {args.load} was saved with other settings: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
         sys.exit(f"--load {args.load} cannot be used: {error}")

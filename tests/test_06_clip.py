@@ -200,7 +200,7 @@ def test_a_new_color_is_one_line(monkeypatch):
     assert net.token_embedding.num_embeddings > tokens.max()
     assert names["CHANCE"]["color"] == pytest.approx(1 / 7)
     assert names["get_args"](["--prompt", "a cyan zero above a red one"]).prompt
-    found = names["evaluate"](names["get_args"]([]), net, images, labels, False)
+    found = names["evaluate"](net, images, labels, False)
     assert set(found) == set(names["CHANCE"])
 
 
@@ -574,7 +574,7 @@ def test_batchnorm_learns_in_training_and_rests_in_evaluation():
     train(net, lambda net, *data: modes.append(net.training) or net.w, "--epochs", "1")
     assert modes and all(modes)
     net = script.small_clip()
-    script.evaluate(script.get_args([]), net, *digits(), False)
+    script.evaluate(net, *digits(), False)
     assert not net.training and net.visual.conv1[1].num_batches_tracked == 0
 
 
@@ -620,14 +620,14 @@ def measure(monkeypatch, parts, noise=0.0, new=False, image=None):
     monkeypatch.setattr(script, "render", lambda pictures, scenes: scenes)
     monkeypatch.setattr(script, "encode_captions", lambda net, scenes: axes(scenes, parts)
                         + noise * torch.randn(len(scenes), 240))
-    return script.evaluate(script.get_args([]), Seer(), *digits(500), new)
+    return script.evaluate(Seer(), *digits(500), new)
 
 
 def test_evaluation_shows_1000_scenes_of_the_wanted_kind(monkeypatch):
     seen, net = [], model()
     monkeypatch.setattr(script, "render", lambda *data: seen.append(data) or torch.zeros(1000, 3, 40, 40))
     for new in (False, True):
-        script.evaluate(script.get_args([]), net, *digits(), new)
+        script.evaluate(net, *digits(), new)
         pictures, scenes = seen[-1]
         assert len(scenes) == 1000 and held_out(scenes).sum() == 1000 * new
         assert (pictures > 0).sum((2, 3)).equal((2 + 2 * scenes[:, [0, 2]])**2)  # its own digits
@@ -674,7 +674,7 @@ def test_the_order_of_the_colors_or_of_the_digits_alone_is_no_binding(kept, monk
 
     monkeypatch.setattr(script, "encode_captions", lambda net, scenes: code(scenes)
                         + 1e-3 * torch.randn(len(scenes), 250))
-    got = script.evaluate(script.get_args([]), Seer(), *digits(500), False)
+    got = script.evaluate(Seer(), *digits(500), False)
     assert got["colors bound"] == pytest.approx(0.5, abs=0.07) and got["places bound"] == 1
 
 
@@ -692,7 +692,7 @@ def test_captions_that_are_equally_near_are_not_preferred(monkeypatch):
         def encode_image(self, scenes):
             return torch.ones(len(scenes), 240)
 
-    got = script.evaluate(script.get_args([]), Same(), *digits(500), False)
+    got = script.evaluate(Same(), *digits(500), False)
     for name in ("digit", "color", AXIS, "colors bound", "places bound"):
         assert got[name] == 0, name
 
@@ -708,7 +708,7 @@ def test_a_foil_of_seen_colors_is_no_new_pair(monkeypatch):
 
     monkeypatch.setattr(script, "encode_captions", lambda net, scenes: torch.cat(
         [axes(scenes, ("relation", "places", "binding")), 9.0 * held_out(scenes)[:, None]], 1))
-    got = script.evaluate(script.get_args([]), Seer(), *digits(500), False)
+    got = script.evaluate(Seer(), *digits(500), False)
     assert got["colors bound"] == 1 and got["places bound"] == 1
 
 
@@ -737,7 +737,7 @@ def test_retrieval_counts_the_images_that_find_a_caption_with_their_meaning(monk
 
     monkeypatch.setattr(script, "encode_captions", lambda net, scenes: axes(scenes, parts))
     net = Half()
-    got = script.evaluate(script.get_args([]), net, images, labels, False)
+    got = script.evaluate(net, images, labels, False)
     assert got["image finds caption"] == pytest.approx(net.right) and 0.7 < net.right < 0.8
 
 
@@ -787,8 +787,8 @@ def test_main_hands_on_data_and_flags_and_draws_what_it_finds(loss, tmp_path, mo
     assert isinstance(loss_function, script.ITC) == (loss == "itc")
     test_images, test_labels = script.draw_characters(2000, 1)
     for values, new in zip(seen["evaluate"], (False, True), strict=True):
-        assert values[1] is net and values[2].equal(test_images) and values[3].equal(test_labels)
-        assert values[0] is args and values[4] is new
+        assert values[0] is net and values[1].equal(test_images) and values[2].equal(test_labels)
+        assert values[3] is new
     metrics = json.loads((tmp_path / "06_clip" / "metrics.json").read_text())
     assert list(metrics["results"].values()) == found and metrics["history"] == history
     curve, bars, nearest = plt.gcf().axes[:3]
