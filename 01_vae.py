@@ -65,8 +65,8 @@ def get_args(argv=None):
     if args.quick:
         parser.set_defaults(epochs=2, train_size=512)
     args = parser.parse_args(argv)
-    if args.epochs < 0 or min(args.batch_size, args.lr, args.train_size) <= 0:
-        parser.error("--epochs must be >= 0; --batch-size, --lr and --train-size > 0")
+    if args.epochs < 0 or min(args.batch_size, args.lr, args.train_size, args.latent_dim) <= 0:
+        parser.error("--epochs must be >= 0; --batch-size, --lr, --train-size, --latent-dim > 0")
     args.out += "/01_vae"
     return args
 
@@ -215,10 +215,10 @@ def plot_images(args, model, x):
         ticks = torch.special.ndtri(torch.linspace(0.05, 0.95, 9))  # quantiles of N(0, 1)
         z = torch.cartesian_prod(-ticks, ticks).flip(1)  # z_1 grows to the right, z_2 upward
     left = torch.cat([x[:9], model.decode(mu), *model.decode(paths)])
-    right = model.decode(z.to(x))
     _, axes = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
     show_grid(axes[0], left.view(-1, 1, 28, 28), 9, "x; x̂; straight lines in z between images")
-    show_grid(axes[1], right.view(-1, 1, 28, 28), 9, "x̂(z): z from the prior, or over the plane")
+    show_grid(axes[1], model.decode(z.to(x)).view(-1, 1, 28, 28), 9,
+              "x̂(z): z from the prior, or over the plane")
     plt.savefig(f"{args.out}/images.png")
 
 
@@ -279,7 +279,7 @@ def load_data(args):
 
     Without --data it reads MNIST from $MNIST_DIR or data/mnist, or downloads it, or draws digits.
     """
-    source = args.data or os.environ.get("MNIST_DIR", "data/mnist")
+    source = args.data or os.environ.get("MNIST_DIR") or "data/mnist"
     try:
         data = [read_idx(Path(f"{source}/{name}"), not args.data) for name in MNIST]
     except FileNotFoundError as error:
@@ -329,7 +329,7 @@ def load_weights(args, model):
     """Loads the weights from --load; exits with torch's message if they do not fit."""
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
-        differ = checkpoint["settings"].items() - vars(args).items()
+        differ = sorted(checkpoint["settings"].items() - vars(args).items())
         print(f"--load {args.load} was saved with other settings: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:

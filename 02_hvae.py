@@ -67,8 +67,8 @@ def get_args(argv=None):
     if args.quick:
         parser.set_defaults(epochs=2, train_size=512)
     args = parser.parse_args(argv)
-    if args.epochs < 0 or min(args.batch_size, args.lr, args.train_size) <= 0:
-        parser.error("--epochs must be >= 0; --batch-size, --lr and --train-size > 0")
+    if args.epochs < 0 or min(args.batch_size, args.lr, args.train_size, args.latent_dim) <= 0:
+        parser.error("--epochs must be >= 0; --batch-size, --lr, --train-size, --latent-dim > 0")
     args.out += "/02_hvae"
     return args
 
@@ -238,11 +238,11 @@ def plot_images(args, models, x):
     rows = [x, model.decoder1(mu1), model.decoder1(prior[0])]
     rows += [model.decoder1(reparameterize(*prior)) for _ in range(4)]
     _, axes = plt.subplots(figsize=(8, 6), layout="constrained")
-    title = "x; decoded from z1; from the mean of p(z1 | z2); from four draws"
-    show_grid(axes, torch.cat(rows).view(-1, 1, 28, 28), len(x), title)
+    show_grid(axes, torch.cat(rows).view(-1, 1, 28, 28), len(x), "x; from z1; from z2; four draws")
     plt.savefig(f"{args.out}/levels.png")
     z = torch.randn(1000, args.latent_dim).to(x)
-    _, axes = plt.subplots(len(models), 1, figsize=(9, 6), squeeze=False, layout="constrained")
+    size = (9, 1.2 * len(models))
+    _, axes = plt.subplots(len(models), figsize=size, squeeze=False, layout="constrained")
     pixels = {}
     for axis, (name, model) in zip(axes[:, 0], models.items()):
         samples = model.sample(z).view(-1, 1, 28, 28)
@@ -309,7 +309,7 @@ def load_data(args):
 
     Without --data it reads MNIST from $MNIST_DIR or data/mnist, or downloads it, or draws digits.
     """
-    source = args.data or os.environ.get("MNIST_DIR", "data/mnist")
+    source = args.data or os.environ.get("MNIST_DIR") or "data/mnist"
     try:
         data = [read_idx(Path(f"{source}/{name}"), not args.data) for name in MNIST]
     except FileNotFoundError as error:
@@ -359,7 +359,7 @@ def load_weights(args, model):
     """Loads the weights from --load; exits with torch's message if they do not fit."""
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
-        differ = checkpoint["settings"].items() - vars(args).items()
+        differ = sorted(checkpoint["settings"].items() - vars(args).items())
         print(f"--load {args.load} was saved with other settings: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:

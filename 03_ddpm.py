@@ -333,9 +333,9 @@ def plot_bound(args, diffusion, model, x0):
     t = torch.arange(1, diffusion.T + 1)
     _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     axes[0].loglog(t, terms[:, :-1].mean(0).cpu())
-    axes[0].set(title="terms L_{t-1} of the bound against t, in bits/dim (ex. 5.4, 5.5)")
+    axes[0].set(title="terms L_{t-1} against t, in bits/dim (ex. 5.4, 5.5)")
     axes[1].semilogy(t, diffusion.dropped_weight(t))
-    axes[1].set(title="weight of (ε - ε_θ)² in L_{t-1} against t; L_simple: 1 (ex. 5.6)")
+    axes[1].set(title="weight of (ε - ε_θ)² in L_{t-1} against t (ex. 5.6)")
     plt.savefig(f"{args.out}/bound.png")
     return terms.sum(1).mean().item()
 
@@ -418,7 +418,7 @@ def load_data(args):
 
     Without --data it reads MNIST from $MNIST_DIR or data/mnist, or downloads it, or draws digits.
     """
-    source = args.data or os.environ.get("MNIST_DIR", "data/mnist")
+    source = args.data or os.environ.get("MNIST_DIR") or "data/mnist"
     try:
         data = [read_idx(Path(f"{source}/{name}"), not args.data) for name in MNIST]
     except FileNotFoundError as error:
@@ -468,7 +468,7 @@ def load_weights(args, model):
     """Loads the weights from --load; exits with torch's message if they do not fit."""
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
-        differ = checkpoint["settings"].items() - vars(args).items()
+        differ = sorted(checkpoint["settings"].items() - vars(args).items())
         print(f"--load {args.load} was saved with other settings: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:

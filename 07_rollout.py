@@ -409,7 +409,7 @@ def load_data(args):
 
     Without --data it reads MNIST from $MNIST_DIR or data/mnist, or downloads it, or draws digits.
     """
-    source = args.data or os.environ.get("MNIST_DIR", "data/mnist")
+    source = args.data or os.environ.get("MNIST_DIR") or "data/mnist"
     try:
         data = [read_idx(Path(f"{source}/{name}"), not args.data) for name in MNIST]
     except FileNotFoundError as error:
@@ -459,7 +459,7 @@ def load_weights(args, model):
     """Loads the weights from --load; exits with torch's message if they do not fit."""
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
-        differ = checkpoint["settings"].items() - vars(args).items()
+        differ = sorted(checkpoint["settings"].items() - vars(args).items())
         print(f"--load {args.load} was saved with other settings: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
