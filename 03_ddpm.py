@@ -72,7 +72,7 @@ def get_args(argv=None):
     add("--ddim-steps", type=int, default=50, help="number of DDIM steps; 0: Algorithm 2, all T")
     args = parser.parse_args(argv)
     if args.quick:  # flags given on the command line override these
-        parser.set_defaults(epochs=1, train_size=512, batch_size=64, T=50, samples=20)
+        parser.set_defaults(epochs=1, train_size=512, batch_size=64, T=25, samples=20)
         args = parser.parse_args(argv)
     positive = [args.batch_size, args.lr, args.train_size, args.samples, args.T - 24]  # T ≥ 25
     if min(positive) <= 0 or min(args.epochs, args.ddim_steps) < 0 or args.samples % 10:

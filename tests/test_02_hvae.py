@@ -483,7 +483,7 @@ def test_default_run_uses_both_levels_on_the_real_digits(real_data, tmp_path, mo
 
     monkeypatch.setattr(script, "train", only_two)
     script.main(["--data", str(real_data), "--out", str(tmp_path), "--device", "cpu",
-                 "--train-size", "6000", "--epochs", "6"])
+                 "--train-size", "6000", "--epochs", "4"])
     results = json.loads((tmp_path / "02_hvae" / "metrics.json").read_text())["results"]
     assert results["fixed"]["level 2"] > 2
     assert results["fixed"]["ELBO"] > results["one level"]["ELBO"] > 150  # mean image: -56

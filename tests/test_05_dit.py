@@ -742,7 +742,7 @@ def test_main_hands_on_data_and_flags_and_draws_what_it_finds(flag, tmp_path, mo
     assert y.equal(test_labels[:1000]) and t.tolist() == list(range(1, 1001))
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02 and noise.shape == x0.shape
     assert list(results.values()) == [term.item() for term in terms]
-    assert list(results)[0].startswith("L_simple") and list(results)[1].startswith("L_{t-1}")
+    assert list(results)[0].startswith("test L_simple") and list(results)[1].startswith("test L_{t-1}")
 
     loss, latent, guided, samples = plt.gcf().axes[:4]
     assert list(loss.lines[0].get_xdata()) == [row["step"] for row in history]
