@@ -10,12 +10,12 @@ Sources  VAE: Auto-Encoding Variational Bayes, Kingma, Welling, arXiv:1312.6114
          text: 拡散モデルの理論, section 8.1.1 and appendix C
 Run      python 01_vae.py    (--quick for a smoke test, --help for the settings)
 Expect   57 seconds on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24); two pictures.
-         Test images, in nats (always predicting the mean image, with the best σ: an ELBO of -56):
+         Test images; ELBO and KL in nats (the mean image alone, with the best σ: an ELBO of -56):
          this file   ELBO +811   KL 68.0   20 of 20 latents in use   squared error 4.86 ≈ 784 σ²
          --sigma 1   ELBO -739   KL  6.8   10 of 20                  24.4
-         --book      ELBO -740   KL  6.6   10 of 20                  25.2; + 2 KL, its loss: 38.3
-         With σ = 1, pixels are predicted to ±1: a latent that explains less variance than that,
-         summed over pixels, does not pay for its KL. Half go unused, and the images are blurred.
+         --book      ELBO -740   KL  6.6   10 of 20                  25.2; its loss adds 2 KL: 38.3
+         With σ = 1, a latent pays for its KL only if the variance that it explains, summed over
+         pixels, exceeds σ² = 1. Half of the latents go unused, and the images are blurred.
 Read     Start with `VAE.elbo` and `train`; the rest can wait.
 Try      easy: --latent-dim 2: instead of samples, the decoder's images on a grid over the plane.
          medium: --sigma 1, 0.3 and 0.1: how many latents are in use, and how sharp are images?
@@ -46,7 +46,7 @@ def get_args(argv=None):
     """Reads the settings from the command line; get_args([]) returns the defaults."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("--data", default="", help='folder of the four MNIST files, or "drawn"')
+    add("--data", default="", help='folder of the four MNIST files, or "drawn" for drawn digits')
     add("--out", default="out", help="parent folder; results go to its subfolder 01_vae")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
@@ -218,7 +218,7 @@ def plot_images(args, model, x):
     _, axes = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
     show_grid(axes[0], left.view(-1, 1, 28, 28), 9, "x; x̂; straight lines in z between images")
     show_grid(axes[1], model.decode(z.to(x)).view(-1, 1, 28, 28), 9,
-              "x̂(z): z from the prior, or over the plane")
+              "x̂(z): z from the prior (if z has two dimensions: on a grid)")
     plt.savefig(f"{args.out}/images.png")
 
 
@@ -314,7 +314,7 @@ def progress(step, steps, began, losses):
     values = [f"{name} {value:.4f}" for name, value in losses.items()]
     print(f"step {step}/{steps}  {remaining / 60:.1f} min left ", *values, flush=True)
     if not math.isfinite(sum(losses.values())):
-        sys.exit("The loss is not finite; try a lower --lr. No file has been changed.")
+        sys.exit("The loss is not finite; try a lower --lr. No results have been written.")
 
 
 def show_grid(axes, images, columns, title):
@@ -357,4 +357,4 @@ def save_metrics(args, results, history, source, began):
 
 
 if __name__ == "__main__":
-    main(None if "__file__" in globals() else [])
+    main(None if "__file__" in globals() else [])  # in a notebook: the defaults

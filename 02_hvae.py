@@ -7,18 +7,18 @@
 
 Faults   of the text's code: 1. Imports and classes are commented out: a NameError (mended here).
          2. -J3 is computed as KL(q(z1 | x) ‖ p(z1 | z2)), as if z1 were drawn anew; but z2 is drawn
-         from this z1. If p(z1 | z2) = N(b z2, 1), q(z2 | z1) has mean a z1 and q(z1 | x) variance
-         σ1², that adds a·b·σ1² nats per dimension: if a·b > 0, a penalty on what z2 knows of z1.
+         from this z1. The error, if p(z1 | z2) = N(b z2, 1), E[z2 | z1] = a z1, Var[z1 | x] = σ1²:
+         a·b·σ1² nats too much per dimension; if a·b > 0, a penalty on what z2 knows of z1.
          3. σ = 1, also in p(z1 | z2): z1 carries few nats. Only 2 and 3 together switch z2 off.
 Sources  text: 拡散モデルの理論, appendix C
 Run      python 02_hvae.py    (--quick for a smoke test, --help for the settings)
-Expect   2.5 minutes on two CPU cores (AMD EPYC, real MNIST, 2026-11-26); two pictures.
-         Seeds 0-2 ± largest deviation:     ELBO, nats    level 1     level 2     04_vit.py --judge
-         fixed: σ learned, sampled -J3      +801.7 ± 1.3  47.7 ± 0.7  9.0 ± 0.6       4.9 ± 0.4
+Expect   2.5 minutes for five models on two CPU cores (AMD EPYC, real MNIST, 2026-11-24).
+         Mean (3 seeds) ± largest deviation ELBO, nats    level 1     level 2     Fréchet, 04_vit.py
+         repaired: σ learned, sampled -J3   +801.7 ± 1.3  47.7 ± 0.7  9.0 ± 0.6       4.9 ± 0.4
          closed form (fault 2)              +799.2 ± 2.8  48.6 ± 0.4  8.3 ± 0.3       5.0 ± 0.6
          sigma 1 (fault 3)                  -739.1 ± 0.1   3.3 ± 0.3  3.3 ± 0.2       7.8 ± 0.6
          sigma 1, closed form (2 and 3)     -739.4 ± 0.1   6.7 ± 0.1  0.000 ± 0.001  11.7 ± 1.8
-         one level (a smaller net than 01)  +779.5 ± 0.8  64.5 ± 0.1  -              27.8 ± 1.2
+         one level (smaller than 01_vae.py)  +779.5 ± 0.8  64.5 ± 0.1  -              27.8 ± 1.2
 Read     Start with `TwoLevelVAE.elbo` and `train`; the rest can wait.
 Try      easy: --as-printed: level 2 costs nothing. What do draws from p(z1 | z2) look like then?
          medium: --latent-dim 5: what does each level cost then, and what do the samples lose?
@@ -49,7 +49,7 @@ def get_args(argv=None):
     """Reads the settings from the command line; get_args([]) returns the defaults."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("--data", default="", help='folder of the four MNIST files, or "drawn"')
+    add("--data", default="", help='folder of the four MNIST files, or "drawn" for drawn digits')
     add("--out", default="out", help="parent folder; results go to its subfolder 02_hvae")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
@@ -199,8 +199,8 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)
     images, _, test_images, _, source = load_data(args)
     x = scale(test_images).to(device)
-    settings = {"fixed": {}, "one level": {"levels": 1}, "closed form": {"level1": "closed_form"},
-                "sigma 1": {"learn_sigma": False},
+    settings = {"repaired": {}, "one level": {"levels": 1},
+                "closed form": {"level1": "closed_form"}, "sigma 1": {"learn_sigma": False},
                 "sigma 1, closed form": {"learn_sigma": False, "level1": "closed_form"}}
     if args.as_printed:
         settings = {"as printed": {**settings["sigma 1, closed form"], "as_printed": True}}
@@ -344,7 +344,7 @@ def progress(step, steps, began, losses):
     values = [f"{name} {value:.4f}" for name, value in losses.items()]
     print(f"step {step}/{steps}  {remaining / 60:.1f} min left ", *values, flush=True)
     if not math.isfinite(sum(losses.values())):
-        sys.exit("The loss is not finite; try a lower --lr. No file has been changed.")
+        sys.exit("The loss is not finite; try a lower --lr. No results have been written.")
 
 
 def show_grid(axes, images, columns, title):
@@ -387,4 +387,4 @@ def save_metrics(args, results, history, source, began):
 
 
 if __name__ == "__main__":
-    main(None if "__file__" in globals() else [])
+    main(None if "__file__" in globals() else [])  # in a notebook: the defaults

@@ -13,7 +13,7 @@ Sources  DDPM: Denoising Diffusion Probabilistic Models, Ho, Jain, Abbeel, arXiv
          DDIM: Denoising Diffusion Implicit Models, Song, Meng, Ermon, arXiv:2010.02502
          texts: 拡散モデルの理論, sections 8.2-8.4; for ex. 5.x and eq. 5.x: 第5章 演習問題の解答
 Run      python 03_ddpm.py    (--quick for a smoke test, --help for the settings)
-Expect   8 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); four pictures.
+Expect   8 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24); four pictures.
          L_simple 0.0231; bound 2.04 bits/dim (16 test images). 1,000 samples, 04_vit.py --judge:
                                            clear (over 95% sure)   Fréchet distance
          this file: DDIM, 50 steps, η = 1.9          80%             2.2
@@ -22,9 +22,9 @@ Expect   8 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); 
          1,000 real test images                      97%             0.4
          3 epochs: Algorithm 2 (500 samples)         61%             6.0
            DDIM, η = 1.9 (another seed)              73% (72%)       4.7 (4.9)
-           with averaged weights (not here)          71%             4.7
-           with v-prediction (not here)              76%             4.5
-           with t/T from Beta(1.5, 2.3) (not here)   75% (74%)       3.1 (4.1)
+           the same, averaged weights (not here)     71%             4.7
+           the same, v-prediction (not here)         76%             4.5
+           the same, t/T from Beta(1.5, 2.3) (not h.) 75% (74%)       3.1 (4.1)
          η = 1.9 was found by experiment: the noise lets later steps correct the network's errors.
 Read     Start with `Diffusion` and `train`: `train` is Algorithm 1, `sample` is Algorithm 2.
 Try      easy: --epochs 0 --load out/03_ddpm/model.pt --out out/try --ddim-steps 10 (or 5, or 0).
@@ -57,7 +57,7 @@ def get_args(argv=None):
     """Reads the settings from the command line; get_args([]) returns the defaults."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("--data", default="", help='folder of the four MNIST files, or "drawn"')
+    add("--data", default="", help='folder of the four MNIST files, or "drawn" for drawn digits')
     add("--out", default="out", help="parent folder; results go to its subfolder 03_ddpm")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
@@ -69,10 +69,10 @@ def get_args(argv=None):
     add("--quick", action="store_true", help="smoke test: a short run on 512 images")
     add("--T", type=int, default=1000, help="number of diffusion steps")
     add("--samples", type=int, default=100, help="number of generated images, a multiple of 10")
-    add("--ddim-steps", type=int, default=50, help="number of DDIM steps; 0: Algorithm 2, all T")
+    add("--ddim-steps", type=int, default=50, help="DDIM steps; 0: Algorithm 2, with all T steps")
     args = parser.parse_args(argv)
     if args.quick:  # flags given on the command line override these
-        parser.set_defaults(epochs=1, train_size=512, batch_size=64, T=25, samples=20)
+        parser.set_defaults(epochs=1, train_size=512, batch_size=64, T=30, samples=20)
         args = parser.parse_args(argv)
     positive = [args.batch_size, args.lr, args.train_size, args.samples, args.T - 24]  # T ≥ 25
     if min(positive) <= 0 or min(args.epochs, args.ddim_steps) < 0 or args.samples % 10:
@@ -91,8 +91,8 @@ def per_image(values, x):
 class Diffusion:
     """The forward process q, the reverse process p_θ, and the variational bound.
 
-    `model(x_t, t)` estimates the noise ε in x_t (B, ...), for x_0 in [-1, 1] and t (B,) in 1..T, on
-    the CPU. `betas[t]` is β_t and `alpha_bars[t]` is ᾱ_t, for t = 0..T, with β_0 = 0 and ᾱ_0 = 1.
+    `model(x_t, t)` estimates the noise ε in x_t (B, ...), with x_0 in [-1, 1] and t (B,) in 1..T; t
+    is on the CPU. `betas[t]` is β_t, `alpha_bars[t]` is ᾱ_t, for t = 0..T, with β_0 = 0, ᾱ_0 = 1.
     """
 
     def __init__(self, T=1000):
@@ -159,7 +159,7 @@ class Diffusion:
         return x
 
     def dropped_weight(self, t):
-        """The weight of ‖ε - ε_θ‖² in L_{t-1}, which L_simple drops (ex. 5.6; DDPM eq. 12)."""
+        """The weight of ‖ε - ε_θ‖² in L_{t-1}, t > 1; L_simple drops it (ex. 5.6; DDPM eq. 12)."""
         beta = self.betas[t]  # β_t² / (2 σ_t² α_t (1-ᾱ_t)) with σ_t² = β_t, α_t = 1-β_t
         return beta / (2 * (1 - beta) * (1 - self.alpha_bars[t]))
 
@@ -235,7 +235,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(width, 1, 3, padding=1)
 
     def forward(self, x, t):
-        angles = t[:, None].to(x) * torch.logspace(0, -4, 32).to(x)  # 1 to 1/10,000
+        angles = t[:, None].to(x) * torch.logspace(0, -4, 32).to(x)  # frequencies
         emb = self.time(torch.cat([angles.sin(), angles.cos()], 1))  # (B, 64) -> (B, 8C)
         h1 = self.down1(self.conv_in(x), emb)  # (B, C, 28, 28), C = width
         h2 = self.down2(F.avg_pool2d(h1, 2), emb)  # (B, 2C, 14, 14)
@@ -257,7 +257,7 @@ def scale(images):
 
 def train(args, diffusion, model, images, history, snapshots):
     """DDPM, Algorithm 1, on uint8 images (N, 28, 28); fills `history` and `snapshots` (samples)."""
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99))  # adapts sooner
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99))  # default 0.999
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)  # lr falls to 0
     fixed_noise = torch.randn(10, 1, 28, 28).to(images.device)
@@ -317,7 +317,7 @@ def main(argv=None):
 
 
 def plot_training(args, history, snapshots):
-    """Draws the loss, and every third entry of `snapshots`, latest first: samples from one x_T."""
+    """Draws the loss, and every third entry of `snapshots`, latest first: all from the same x_T."""
     if not history:
         return
     _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -453,7 +453,7 @@ def progress(step, steps, began, losses):
     values = [f"{name} {value:.4f}" for name, value in losses.items()]
     print(f"step {step}/{steps}  {remaining / 60:.1f} min left ", *values, flush=True)
     if not math.isfinite(sum(losses.values())):
-        sys.exit("The loss is not finite; try a lower --lr. No file has been changed.")
+        sys.exit("The loss is not finite; try a lower --lr. No results have been written.")
 
 
 def show_grid(axes, images, columns, title):
@@ -496,4 +496,4 @@ def save_metrics(args, results, history, source, began):
 
 
 if __name__ == "__main__":
-    main(None if "__file__" in globals() else [])
+    main(None if "__file__" in globals() else [])  # in a notebook: the defaults

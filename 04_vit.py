@@ -11,10 +11,10 @@ Sources  ViT: An Image is Worth 16x16 Words, Dosovitskiy et al., arXiv:2010.1192
          FID: GANs Trained by a Two Time-Scale Update Rule, Heusel et al., arXiv:1706.08500
          texts: 第5章 演習問題の解答, ex. 5.1; 【読書記録】Vision Transfoer入門
 Run      python 04_vit.py    (--quick for a smoke test, --help for the settings)
-Expect   4 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); results.png.
+Expect   4 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24); results.png.
          Test accuracy in %, seed 0 (seed 1), chance 10. Positions learned 99.3 (99.3); learned from
-         std=0.7 as the sines have (not here) 99.1 (99.2); sincos 99.3 (99.3); none 98.2 (98.1).
-         Accuracy on a font's letters, n of each (chance 4%):       n = 1    5   20  100
+         std=0.7, the sines' RMS (not here), 99.1 (99.2); sincos 99.3 (99.3); none 98.2 (98.1).
+         Accuracy on a font's letters; examples of each (chance 4%):   1    5   20  100
            ridge regression on the digit model's features, in 1 ms    39%  59%  70%  75%
            fine-tuning of the whole network, 164 to 200 steps         40%  61%  82%  87%
          --load out/04_vit/model.pt --judge FILE: of 1,000 samples of 03_ddpm.py 80% are clear (over
@@ -53,7 +53,7 @@ def get_args(argv=None):
     """Reads the settings from the command line; get_args([]) returns the defaults."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("--data", default="", help='folder of the four MNIST files, or "drawn"')
+    add("--data", default="", help='folder of the four MNIST files, or "drawn" for drawn digits')
     add("--out", default="out", help="parent folder; results go to its subfolder 04_vit")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
@@ -148,7 +148,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls_token, patches], 1) + self.pos_embed
 
     def encode(self, z):
-        """Tokens z_0 (B, N, D) -> [z_0, ..., z_L] and the attention of each block (B, h, N, N)."""
+        """Any N tokens z_0 (B, N, D) -> [z_0, ..., z_L] and each block's attention (B, h, N, N)."""
         layers, attentions = [z], []
         for block in self.blocks:
             z, attention = block(z)
@@ -178,10 +178,10 @@ def jitter(x, amount=0.05):
 
 
 def train(args, model, images, labels, history):
-    """Minimizes the cross-entropy on uint8 images (N, 28, 28), distorted; fills `history`."""
+    """Minimizes the cross-entropy on distorted uint8 images (N, 28, 28); fills `history`."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(steps, 1))  # up, down
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(steps, 1))  # lr up, down
     losses, step = [], 0
     began = time.time()
     for epoch in range(args.epochs):
@@ -253,7 +253,7 @@ def frechet_distance(x, y):
 
 @torch.no_grad()
 def judge(args, model, test_images):
-    """Scores the images (N, 28, 28) in the file --judge, and as many random test images."""
+    """Scores the images (N, 28, 28) in the --judge file, and as many random test images."""
     real = features(model, test_images)
     try:
         arrays = {name: torch.tensor(array) for name, array in np.load(args.judge).items()}
@@ -414,7 +414,7 @@ def progress(step, steps, began, losses):
     values = [f"{name} {value:.4f}" for name, value in losses.items()]
     print(f"step {step}/{steps}  {remaining / 60:.1f} min left ", *values, flush=True)
     if not math.isfinite(sum(losses.values())):
-        sys.exit("The loss is not finite; try a lower --lr. No file has been changed.")
+        sys.exit("The loss is not finite; try a lower --lr. No results have been written.")
 
 
 def show_grid(axes, images, columns, title):
@@ -457,4 +457,4 @@ def save_metrics(args, results, history, source, began):
 
 
 if __name__ == "__main__":
-    main(None if "__file__" in globals() else [])
+    main(None if "__file__" in globals() else [])  # in a notebook: the defaults

@@ -3,7 +3,7 @@
     z = E(x) / std,  x ≈ D(std · z)                 latents z, smaller than images x (LDM)
     [shift, scale, gate, shift', scale', gate'] = W SiLU(c) + b   c = embedding of t + that of y
     h ← h + gate ⊙ Attention(LN(h) ⊙ (1 + scale) + shift)         adaLN-Zero (DiT section 3.2):
-    h ← h + gate' ⊙ MLP(LN(h) ⊙ (1 + scale') + shift')            first W = b = 0, so that h ← h
+    h ← h + gate' ⊙ MLP(LN(h) ⊙ (1 + scale') + shift')            at first W = b = 0: h ← h
     log σ² = v log β_t + (1-v) log β̃_t              second output: mix = 2v - 1 (IDDPM eq. 15)
     loss = L_simple + L_{t-1}                       L_{t-1} trains only σ² (IDDPM eq. 16, λ = 1/T)
     ε̂ = ε_θ(z_t, ∅) + g (ε_θ(z_t, y) - ε_θ(z_t, ∅))        guidance (CFG eq. 6, g = 1 + w)
@@ -18,7 +18,7 @@ Sources  DiT: Scalable Diffusion Models with Transformers, Peebles, Xie, arXiv:2
          DDIM: Denoising Diffusion Implicit Models, Song, Meng, Ermon, arXiv:2010.02502
          texts: 第5章 演習問題の解答, ex. 5.7; [논문분석] Scalable Diffusion Models with Transformers
 Run      python 05_dit.py    (--quick for a smoke test, --help for the settings)
-Expect   7 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); results.png.
+Expect   7 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24); results.png.
          1,000 images each, scored by 04_vit.py --judge; chance for the digit is 10%:
                               g = 1    1.5   1.75 (default)    4     1.75 --ddim   test images
            digit asked for, %  91.0   98.1        99.3       99.9       98.9
@@ -26,7 +26,7 @@ Expect   7 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); 
            Fréchet distance     1.3    1.2         1.6        3.8        1.5            0.4
          Test L_simple by --block (--epochs 1, three seeds): adaln-zero 0.140, 0.142, 0.148; adaln
          0.146, 0.147, 0.147; in-context 0.150, 0.151, 0.151; cross-attention 0.151, 0.153, 0.153.
-Weights  DiT() loads facebookresearch's DiT-XL/2 with strict=True; t is from 0, z (B, 4, 32, 32):
+Weights  DiT() loads facebookresearch's DiT-XL/2 with strict=True; t from 0, z of (B, 4, 32, 32):
            dit = DiT(); dit.load_state_dict(torch.load("DiT-XL-2-256x256.pt"))
            z = Diffusion().sample(lambda x, t, y: dit(x, t - 1, y), noise, y, 4.0, 250)
 Read     Start with `DiTBlock`, `Diffusion.loss` and `guided`; the rest can wait.
@@ -59,11 +59,11 @@ def get_args(argv=None):
     """Reads the settings from the command line; get_args([]) returns the defaults."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("--data", default="", help='folder of the four MNIST files, or "drawn"')
+    add("--data", default="", help='folder of the four MNIST files, or "drawn" for drawn digits')
     add("--out", default="out", help="parent folder; results go to its subfolder 05_dit")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
-    add("--epochs", type=int, default=7, help="passes over the training images")
+    add("--epochs", type=int, default=7, help="passes over the training images, for the DiT")
     add("--batch-size", type=int, default=128, help="images per step")
     add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--train-size", type=int, default=60000, help="number of training images")
@@ -200,7 +200,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """x_t (B, C, H, W), times t (B,), classes y (B,) (-1: none) -> ε̂ and `mix`, each (B, C, H, W).
 
-    Names are facebookresearch/DiT's, defaults DiT-XL/2's; hidden_size: multiple of 4 and num_heads.
+    Names: facebookresearch/DiT's; defaults: DiT-XL/2's; 4 and num_heads must divide hidden_size.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
@@ -224,10 +224,10 @@ class DiT(nn.Module):
             self.final_layer["adaLN_modulation"] = nn.Sequential(nn.SiLU(), zero_linear(D, 2 * D))
 
     def unpatchify(self, x):
-        """Outputs (B, N, P² C), one for each patch -> (B, C, H, W)."""
+        """Outputs (B, N, P² 2C), one for each patch -> (B, 2C, H, W)."""
         side, P = math.isqrt(x.shape[1]), self.patch_size
-        x = x.unflatten(2, (P, P, -1)).unflatten(1, (side, side))  # (B, H/P, W/P, P, P, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # -> (B, C, H, W)
+        x = x.unflatten(2, (P, P, -1)).unflatten(1, (side, side))  # (B, H/P, W/P, P, P, 2C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # -> (B, 2C, H, W)
 
     def forward(self, x, t, y):
         patches = self.x_embedder["proj"](x)  # (B, C, H, W) -> (B, D, H/P, W/P)
@@ -292,7 +292,7 @@ class Diffusion:
         return mean, (low + (mix + 1) / 2 * (high - low)).exp(), x0  # IDDPM eq. 15
 
     def loss(self, model, x0, y, t, noise):
-        """L_simple, and L_{t-1} in nats per latent value, training only σ²; minimize their sum."""
+        """L_simple, and L_{t-1} in nats per latent value, which trains only σ²; minimize both."""
         bar = self.alpha_bars[t].to(x0)  # (B, 1, 1, 1)
         x_t = bar.sqrt() * x0 + (1 - bar).sqrt() * noise  # q(x_t | x_0), DDPM eq. 4
         eps, mix = model(x_t, t, y)
@@ -323,7 +323,7 @@ class Diffusion:
 
 
 def guided(model, x, t, y, guidance):
-    """Classifier-free guidance (CFG eq. 6): ε̂ moves from no class (-1, as in `train`) beyond y."""
+    """Classifier-free guidance (CFG eq. 6): from ε̂ with no class (-1) to ε̂ with y, or beyond."""
     eps, mix = model(x, t, y)
     if guidance != 1:
         null_eps, _ = model(x, t, torch.full_like(y, -1))
@@ -333,7 +333,7 @@ def guided(model, x, t, y, guidance):
 
 # ---- Training ------------------------------------------------------------------------
 def train_autoencoder(autoencoder, images, epochs=2):
-    """Minimizes ‖x - x̂‖² + KL / 2 (LDM adds a GAN), then sets std so that z has variance 1."""
+    """Minimizes ‖x - x̂‖² + KL / 2 (LDM adds a GAN loss), then sets std: z then has variance 1."""
     optimizer = torch.optim.Adam(autoencoder.parameters(), 2e-3)
     for epoch in range(epochs):
         for batch in torch.randperm(len(images)).split(64):
@@ -350,7 +350,7 @@ def train(args, diffusion, model, latents, labels, history):
     """Minimizes L_simple + L_{t-1} on latents (N, C, 8, 8) with labels (N,); fills `history`."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     steps = args.epochs * math.ceil(len(latents) / args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(steps, 1))  # up, down
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(steps, 1))  # lr up, down
     losses, step = [], 0
     began = time.time()
     for epoch in range(args.epochs):
@@ -411,7 +411,7 @@ def main(argv=None):
     pixels = (samples[:, 0] * 255).round().byte().cpu()
     np.savez_compressed(f"{args.out}/samples.npz", images=pixels, labels=y)
     rows = [diffusion.sample(dit, x_T[:10], y[:10], g, args.steps, True) for g in [0, 1, 2, 4, 8]]
-    results = {"test L_simple (output 0: 1)": simple.item(), "test L_{t-1} in nats": bound.item()}
+    results = {"test L_simple (all zeros: 1)": simple.item(), "test L_{t-1} in nats": bound.item()}
     plot_results(args, history, autoencoder, test_images[:10], rows, samples)
     print(json.dumps(results, indent=1))
     save_metrics(args, results, history, source, began)
@@ -524,7 +524,7 @@ def progress(step, steps, began, losses):
     values = [f"{name} {value:.4f}" for name, value in losses.items()]
     print(f"step {step}/{steps}  {remaining / 60:.1f} min left ", *values, flush=True)
     if not math.isfinite(sum(losses.values())):
-        sys.exit("The loss is not finite; try a lower --lr. No file has been changed.")
+        sys.exit("The loss is not finite; try a lower --lr. No results have been written.")
 
 
 def show_grid(axes, images, columns, title):
@@ -567,4 +567,4 @@ def save_metrics(args, results, history, source, began):
 
 
 if __name__ == "__main__":
-    main(None if "__file__" in globals() else [])
+    main(None if "__file__" in globals() else [])  # in a notebook: the defaults

@@ -1,21 +1,21 @@
 """CLIP: images and sentences in one space. Does it know which color belongs to which digit?
 
     u = normalize(f(image)),  w = normalize(g(sentence))      the two towers: features (B, E)
-    logits = e^t u wᵀ  (B, B)       each image with each sentence; the temperature t is learned
+    logits = e^t u wᵀ  (B, B)       each image with each sentence; the scale e^t is learned
     loss = (loss_i + loss_t) / 2    cross-entropy of rows and columns; true pairs on the diagonal
     ITC loss                        image-text contrastive: with momentum encoders and a queue
 
 Binding  Caption: "a red three above a blue seven". Three foils have the same words: "a blue three
          above a red seven" (colors exchanged), "a red seven above a blue three" (digits exchanged)
          and "a blue seven above a red three" (places exchanged, the twin). Colors are bound if the
-         image is closer to its caption than to the first two foils (one alone also changes which
-         color or digit comes first), places if it is closer to the caption than to the third.
+         image is closer to its caption than to the first two foils (either one alone could be told
+         by the order of the colors, or of the digits), places if closer to it than to the third.
 Sources  CLIP: Learning Transferable Visual Models From Natural Language Supervision, Radford et
          al., arXiv:2103.00020; ALBEF: Align before Fuse, Li et al., arXiv:2107.07651; foils: When
          and Why Vision-Language Models Behave like Bags-of-Words, Yuksekgonul, arXiv:2210.01936
          text: 第6章 演習問題の解答, ex. 6.1, 6.2, 6.4, 6.6, 6.8
 Run      python 06_clip.py    (--quick for a smoke test, --help for the settings)
-Expect   5 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); results.png.
+Expect   5 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24); results.png.
          1,000 unseen images, in % (in parentheses: the first digit in a color held out for it):
                     finds caption     digit       color        axis      colors      places
            default       99 (97)     97 (92)   100 (100)   100 (100)   100 (100)   100 (100)
@@ -57,11 +57,11 @@ def get_args(argv=None):
     """Reads the settings from the command line; get_args([]) returns the defaults."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("--data", default="", help='folder of the four MNIST files, or "drawn"')
+    add("--data", default="", help='folder of the four MNIST files, or "drawn" for drawn digits')
     add("--out", default="out", help="parent folder; results go to its subfolder 06_clip")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
-    add("--epochs", type=int, default=10, help="passes over the training images, twins included")
+    add("--epochs", type=int, default=10, help="passes over the images, some replaced by twins")
     add("--batch-size", type=int, default=128, help="scenes per step")
     add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--train-size", type=int, default=60000, help="number of training images")
@@ -81,7 +81,7 @@ def get_args(argv=None):
                      "--twins from 0 to 0.5")
     unknown = set(args.prompt.replace(";", " ").split()) - set(WORDS)
     if unknown or max(len(text.split()) for text in args.prompt.split(";")) > LENGTH - 2:
-        parser.error(f"--prompt: {unknown or 'too long'}; up to {LENGTH - 2} words from {WORDS}")
+        parser.error(f"--prompt {unknown or 'is too long'}: up to {LENGTH - 2} words of {WORDS}")
     args.out += "/06_clip"
     return args
 
@@ -100,7 +100,7 @@ LENGTH = 2 + max(len(text.format("1 2", "left of", "1 2").split()) for text in P
 
 
 def caption(scene, way=0):
-    """A scene [digit, color, digit, color, relation] in words; ways 4 to 7 exchange the two."""
+    """A scene [digit, color, digit, color, relation] in words; ways 4 to 7: where the second is."""
     digit1, color1, digit2, color2, relation = scene
     names = list(COLORS)
     things = [f"{names[color1]} {DIGITS[digit1]}", f"{names[color2]} {DIGITS[digit2]}"]
@@ -118,9 +118,9 @@ def tokenize(sentences):
 
 
 def sample_scenes(labels, first, held_out=False):
-    """Returns scenes (B, 5) and index (B, 2): digit number `first` (B,) and a random second one.
+    """Returns scenes (B, 5) and index (B, 2) of their images: `first` (B,) and a random second.
 
-    Digit d never has color d % len(COLORS), except as the first digit if `held_out`.
+    Digit d never has color d % len(COLORS); but if `held_out`, the first digit always has it.
     """
     index = torch.stack([first, torch.randint(len(labels), [len(first)])], 1)
     digits = labels[index]  # (B, 2)
@@ -250,7 +250,7 @@ class CLIP(nn.Module):
         return self.ln_final(self.transformer["resblocks"](x))
 
     def encode_text(self, tokens):
-        """Tokens (B, L) -> features (B, E) of length 1, read at END (second output of 6.4)."""
+        """Tokens (B, L) -> features (B, E) of length 1, read at END (ex. 6.4, second output)."""
         x = self.encode_tokens(tokens)
         x = x[torch.arange(len(x)), tokens.argmax(1)]  # END is the largest token: -> (B, D)
         return F.normalize(x @ self.text_projection, dim=1)
@@ -262,7 +262,7 @@ class CLIP(nn.Module):
 
 # ---- The contrastive loss ------------------------------------------------------------
 def cross_entropy(logits, scenes, others):
-    """Cross-entropy in nats of logits (A, B), diagonal true; other equal scenes are left out."""
+    """Cross-entropy in nats of logits (A, B), true on the diagonal; other equal pairs left out."""
     target = torch.arange(len(logits))
     duplicates = (scenes[:, None] == others).all(2)  # (A, 5), (B, 5) -> (A, B)
     duplicates[target, target] = False  # the answer stays; k copies of it would cost ln k
@@ -271,7 +271,7 @@ def cross_entropy(logits, scenes, others):
 
 
 def clip_loss(model, images, tokens, scenes):
-    """CLIP's loss (chance: ln B); equal rows of scenes (B, n) mark equal captions: no negatives."""
+    """CLIP's loss (chance: ln B); captions with equal rows of scenes (B, n) are no negatives."""
     logits = model(images, tokens)  # (B, B)
     loss_i = cross_entropy(logits, scenes, scenes)  # each image finds its text (ex. 6.1)
     loss_t = cross_entropy(logits.T, scenes, scenes)  # each text finds its image
@@ -316,7 +316,7 @@ def train(args, model, loss_function, digits, labels, history):
     """Minimizes the loss on scenes made from uint8 digits (N, 28, 28); fills `history`."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     steps = args.epochs * math.ceil(len(digits) / args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(steps, 1))  # up, down
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(steps, 1))  # lr up, down
     losses, step = [], 0
     began = time.time()
     model.train()
@@ -524,7 +524,7 @@ def progress(step, steps, began, losses):
     values = [f"{name} {value:.4f}" for name, value in losses.items()]
     print(f"step {step}/{steps}  {remaining / 60:.1f} min left ", *values, flush=True)
     if not math.isfinite(sum(losses.values())):
-        sys.exit("The loss is not finite; try a lower --lr. No file has been changed.")
+        sys.exit("The loss is not finite; try a lower --lr. No results have been written.")
 
 
 def show_grid(axes, images, columns, title):
@@ -567,4 +567,4 @@ def save_metrics(args, results, history, source, began):
 
 
 if __name__ == "__main__":
-    main(None if "__file__" in globals() else [])
+    main(None if "__file__" in globals() else [])  # in a notebook: the defaults

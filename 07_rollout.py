@@ -7,13 +7,13 @@
 
 Measures A Vision Transformer reads a digit among pieces of other digits. Pointing: does the
          strongest patch of a map touch the digit's box? Mass: the fraction of the map in the box.
-         Deletion: mean probability of the right class as patches go black, strongest first.
+         Deletion: mean p(right class) as patches go black, strongest first; here low is good.
 Sources  Rollout: Quantifying Attention Flow in Transformers, Abnar, Zuidema, arXiv:2005.00928
          Gradient: Generic Attention-model Explainability, Chefer, Gur, Wolf, arXiv:2103.15679
          Stem: Early Convolutions Help Transformers See Better, Xiao et al., arXiv:2106.14881
          text: 第5章 演習問題の解答, ex. 5.2
 Run      python 07_rollout.py    (--quick for a smoke test, --help for the settings)
-Expect   6 minutes on two CPU cores (AMD EPYC, real MNIST, 2026-11-26); two pictures. Test accuracy
+Expect   6 minutes on two CPU cores (AMD EPYC, real MNIST, 2026-11-24); two pictures. Test accuracy
          95.5% (seed 1: 94.9%; chance 10%). Measures of 1,000 scenes in %, for seed 0 and seed 1:
                                pointing      mass     deletion     before training: pointing, mass
            last layer          44   59     13   18     46   32      27   49     13   13
@@ -55,7 +55,7 @@ def get_args(argv=None):
     """Reads the settings from the command line; get_args([]) returns the defaults."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("--data", default="", help='folder of the four MNIST files, or "drawn"')
+    add("--data", default="", help='folder of the four MNIST files, or "drawn" for drawn digits')
     add("--out", default="out", help="parent folder; results go to its subfolder 07_rollout")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
@@ -88,7 +88,7 @@ def attention_rollout(attentions, residual=True):
 
 
 def gradient_rollout(attentions, logits):
-    """R ← R + E_h[(∇A ⊙ A)⁺] R, A the raw attention, ∇A of the top logit (Gradient eq. 5, 6)."""
+    """R ← R + E_h[(∇A ⊙ A)⁺] R, A the raw attention, ∇A the top logit's gradient (eq. 5, 6)."""
     gradients = torch.autograd.grad(logits.amax(1).sum(), attentions)
     R = torch.eye(attentions[0].shape[-1]).to(logits)
     for attention, gradient in zip(attentions, gradients):
@@ -104,7 +104,7 @@ def patch_map(matrix):
 
 
 def explain(model, x):
-    """Maps (B, N) of what the model looks at in scenes x (B, 1, H, W), by name; needs gradients."""
+    """Maps (B, N) of what the model looks at in scenes x (B, 1, H, W), by name; needs autograd."""
     logits, attentions = model(x, return_attention=True)
     W = torch.stack(attentions).mean(2)  # (L, B, h, 1 + N, 1 + N) -> (L, B, 1 + N, 1 + N)
     matrices = {"last layer": W[-1], "mean of layers": W.mean(0),
@@ -188,7 +188,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A Transformer block on x (B, N, D); its first addition to x is the I of rollout."""
+    """A Transformer block on x (B, N, D); the x kept in `x + out` is the I of rollout."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -241,7 +241,7 @@ def scenes(digits, pool, clutter=4, generator=None, size=48):
     B = len(digits)
     corners = torch.randint(size - 27, (B, 2), generator=generator).tolist()
     sources = torch.randint(len(pool), (B, clutter), generator=generator).tolist()
-    cuts = torch.randint(4, 18, (B, clutter, 2), generator=generator).tolist()  # 4: no margin
+    cuts = torch.randint(4, 18, (B, clutter, 2), generator=generator).tolist()  # skip the margin
     places = torch.randint(size - 7, (B, clutter, 2), generator=generator).tolist()
     digits, pool = digits.numpy(), pool.numpy()
     canvas = np.zeros((B, size, size), np.uint8)
@@ -264,7 +264,7 @@ def train(args, model, images, labels, history, device):
     """Minimizes the cross-entropy on new scenes of uint8 images (N, 28, 28); fills `history`."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(steps, 1))  # up, down
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(steps, 1))  # lr up, down
     losses, step = [], 0
     began = time.time()
     for epoch in range(args.epochs):
@@ -444,7 +444,7 @@ def progress(step, steps, began, losses):
     values = [f"{name} {value:.4f}" for name, value in losses.items()]
     print(f"step {step}/{steps}  {remaining / 60:.1f} min left ", *values, flush=True)
     if not math.isfinite(sum(losses.values())):
-        sys.exit("The loss is not finite; try a lower --lr. No file has been changed.")
+        sys.exit("The loss is not finite; try a lower --lr. No results have been written.")
 
 
 def show_grid(axes, images, columns, title):
@@ -487,4 +487,4 @@ def save_metrics(args, results, history, source, began):
 
 
 if __name__ == "__main__":
-    main(None if "__file__" in globals() else [])
+    main(None if "__file__" in globals() else [])  # in a notebook: the defaults

@@ -2,7 +2,11 @@
 
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the scripts, and before torch
@@ -25,6 +29,43 @@ def load_script(path):
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+OFFLINE = {**{k: v for k, v in os.environ.items()
+              if k not in ("MNIST_DIR", "DISPLAY", "MPLBACKEND")},
+           "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "",
+           "OMP_NUM_THREADS": "1"}
+FOLDER = Path(tempfile.mkdtemp())
+COPIES = {}  # script: the future of its process
+
+
+def run(script, *flags, cwd):
+    """One script in a process of its own, without screen, network and real data."""
+    return subprocess.run([sys.executable, str(script), *flags], cwd=cwd, env=OFFLINE, text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=240)
+
+
+def run_copy(script):
+    """One --quick run of a copy of a script, alone in a folder; returns the process and folder."""
+    folder = FOLDER / script.stem / "elsewhere ünder"
+    folder.mkdir(parents=True)
+    shutil.copy(script, folder)
+    return run(folder / script.name, "--quick", cwd=folder), folder
+
+
+def pytest_collection_finish(session):
+    """The copies run one after the other, on the second core, while the tests run on the first."""
+    pool = ThreadPoolExecutor(1)
+    for item in session.items:
+        if item.name.startswith("test_a_copied_file_runs"):
+            script = item.callspec.params["script"]
+            COPIES[script] = pool.submit(run_copy, script)
+
+
+def pytest_sessionfinish():
+    for future in COPIES.values():
+        future.cancel()
+    shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -334,7 +334,7 @@ def test_pixels_go_to_zero_one():
     torch.testing.assert_close(script.scale(images), expected[None])
 
 
-SETTINGS = {"fixed": (True, "sampled", 2), "one level": (True, "sampled", 1),
+SETTINGS = {"repaired": (True, "sampled", 2), "one level": (True, "sampled", 1),
             "closed form": (True, "closed_form", 2), "sigma 1": (False, "sampled", 2),
             "sigma 1, closed form": (False, "closed_form", 2)}
 
@@ -407,8 +407,8 @@ def test_results_do_not_depend_on_the_other_models(tmp_path, monkeypatch):
     alone, _ = run(tmp_path / "b", monkeypatch)
     one, two = (models["sigma 1, closed form"].state_dict() for models in (all_five, alone))
     assert all(one[name].equal(two[name]) for name in one)
-    assert not all(value.equal(alone["fixed"].state_dict()[name])
-                   for name, value in all_five["fixed"].state_dict().items())
+    assert not all(value.equal(alone["repaired"].state_dict()[name])
+                   for name, value in all_five["repaired"].state_dict().items())
 
 
 def test_pictures_are_drawn_from_test_images(tmp_path, monkeypatch):
@@ -417,7 +417,7 @@ def test_pictures_are_drawn_from_test_images(tmp_path, monkeypatch):
     models, out = run(tmp_path, monkeypatch, "--latent-dim", "3", "--epochs", "0")
     (_, drawn, x), = asked
     assert drawn is models and x.shape == (10, 784) and (x == 1).all()
-    assert models["fixed"].encoder1[-1].weight.shape == (6, 512)
+    assert models["repaired"].encoder1[-1].weight.shape == (6, 512)
     assert {path.name for path in out.glob("*.png")} == {"levels.png", "samples.png"}
 
 
@@ -485,5 +485,5 @@ def test_default_run_uses_both_levels_on_the_real_digits(real_data, tmp_path, mo
     script.main(["--data", str(real_data), "--out", str(tmp_path), "--device", "cpu",
                  "--train-size", "6000", "--epochs", "4"])
     results = json.loads((tmp_path / "02_hvae" / "metrics.json").read_text())["results"]
-    assert results["fixed"]["level 2"] > 2
-    assert results["fixed"]["ELBO"] > results["one level"]["ELBO"] > 150  # mean image: -56
+    assert results["repaired"]["level 2"] > 2
+    assert results["repaired"]["ELBO"] > results["one level"]["ELBO"] > 150  # mean image: -56

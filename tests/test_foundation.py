@@ -6,7 +6,6 @@ import hashlib
 import http.server
 import json
 import os
-import shutil
 import signal
 import struct
 import subprocess
@@ -20,19 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import PLUMBING, SCRIPTS, load_script
+from conftest import COPIES, OFFLINE, PLUMBING, SCRIPTS, load_script, run
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 first = load_script(SCRIPTS[0])  # the plumbing is one text, so one script is enough to test it
-OFFLINE = {**{k: v for k, v in os.environ.items() if k not in ("MNIST_DIR", "DISPLAY", "MPLBACKEND")},
-           "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "",
-           "OMP_NUM_THREADS": "1"}
-
-
-def run(script, *flags, cwd):
-    """One script in a process of its own, without screen, network and real data."""
-    return subprocess.run([sys.executable, str(script), *flags], cwd=cwd, env=OFFLINE, text=True,
-                          stdin=subprocess.DEVNULL, capture_output=True, timeout=240)
 
 
 def run_main(module, folder, *flags, train=160, test=64):
@@ -52,23 +42,6 @@ def metrics_of(out):
 def rows_of(history):
     """The rows of a history, of all models where there are several."""
     return history if isinstance(history, list) else sum(history.values(), [])
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """A function: script -> the process and the results of one --quick run of a copy of it,
-    alone in a folder, offline and without a screen."""
-    done = {}
-
-    def quick_run(script):
-        if script not in done:
-            folder = tmp_path_factory.mktemp(script.stem) / "elsewhere ünder"
-            folder.mkdir()
-            shutil.copy(script, folder)
-            done[script] = run(folder / script.name, "--quick", cwd=folder), folder
-        return done[script]
-
-    return quick_run
 
 
 # ---- Form -------------------------------------------------------------------------------------
@@ -101,8 +74,8 @@ def test_nothing_runs_at_import(script, tmp_path, monkeypatch, capfd):
 
 
 @each_script
-def test_a_copied_file_runs_alone_offline_and_without_a_screen(script, shared):
-    done, folder = shared(script)
+def test_a_copied_file_runs_alone_offline_and_without_a_screen(script):
+    done, folder = COPIES[script].result()
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     lines = done.stdout.splitlines()
     assert "data: drawn digits (not MNIST)" in lines and "drawn digits (not MNIST)" in lines[-1]

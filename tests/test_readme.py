@@ -120,7 +120,7 @@ def test_every_slip_names_code_and_a_test_that_exist():
 
 
 def test_where_to_begin_names_what_is_there():
-    table = rows("In a homework")
+    table = rows("For homework")
     assert [row[0].strip("`") for row in table] == [script.name for script in SCRIPTS]
     for row in table:
         assert check_references(row)["name"] >= 2, row
@@ -189,7 +189,7 @@ def test_commands_are_understood():
 
 
 def test_code_for_a_homework_runs(monkeypatch, tmp_path):
-    blocks = re.findall(r"(?:^    .+\n|^\n(?=    ))+", section("In a homework"), re.M)
+    blocks = re.findall(r"(?:^    .+\n|^\n(?=    ))+", section("For homework"), re.M)
     code = [textwrap.dedent(block) for block in blocks if "import" in block]
     assert len(code) == 1 and "q_sample" in code[0]
     monkeypatch.syspath_prepend(str(ROOT))
