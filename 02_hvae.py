@@ -18,7 +18,7 @@ Expect   2.5 minutes for five models on two CPU cores (AMD EPYC, real MNIST, 202
          closed form (fault 2)              +799.2 ± 2.8  48.6 ± 0.4  8.3 ± 0.3       5.0 ± 0.6
          sigma 1 (fault 3)                  -739.1 ± 0.1   3.3 ± 0.3  3.3 ± 0.2       7.8 ± 0.6
          sigma 1, closed form (2 and 3)     -739.4 ± 0.1   6.7 ± 0.1  0.000 ± 0.001  11.7 ± 1.8
-         one level (smaller than 01_vae.py)  +779.5 ± 0.8  64.5 ± 0.1  -              27.8 ± 1.2
+         one level (smaller than 01_vae.py) +779.5 ± 0.8  64.5 ± 0.1  -              27.8 ± 1.2
 Read     Start with `TwoLevelVAE.elbo` and `train`; the rest can wait.
 Try      easy: --as-printed: level 2 costs nothing. What do draws from p(z1 | z2) look like then?
          medium: --latent-dim 5: what does each level cost then, and what do the samples lose?
