@@ -24,7 +24,7 @@ Expect   8 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24); 
            DDIM, η = 1.9 (another seed)              73% (72%)       4.7 (4.9)
            the same, averaged weights (not here)     71%             4.7
            the same, v-prediction (not here)         76%             4.5
-           the same, t/T from Beta(1.5, 2.3) (not h.) 75% (74%)       3.1 (4.1)
+           the same, t/T ~ Beta(1.5, 2.3) (not here) 75% (74%)       3.1 (4.1)
          η = 1.9 was found by experiment: the noise lets later steps correct the network's errors.
 Read     Start with `Diffusion` and `train`: `train` is Algorithm 1, `sample` is Algorithm 2.
 Try      easy: --epochs 0 --load out/03_ddpm/model.pt --out out/try --ddim-steps 10 (or 5, or 0).

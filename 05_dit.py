@@ -24,7 +24,7 @@ Expect   7 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24); 
            digit asked for, %  91.0   98.1        99.3       99.9       98.9
            over 95% sure, %    87.9   96.6        98.1       99.7       97.8           97.1
            Fréchet distance     1.3    1.2         1.6        3.8        1.5            0.4
-         Test L_simple by --block (--epochs 1, three seeds): adaln-zero 0.140, 0.142, 0.148; adaln
+         L_simple by --block (--epochs 1, three seeds): adaln-zero 0.140, 0.142, 0.148; adaln
          0.146, 0.147, 0.147; in-context 0.150, 0.151, 0.151; cross-attention 0.151, 0.153, 0.153.
 Weights  DiT() loads facebookresearch's DiT-XL/2 with strict=True; t from 0, z of (B, 4, 32, 32):
            dit = DiT(); dit.load_state_dict(torch.load("DiT-XL-2-256x256.pt"))

@@ -573,6 +573,18 @@ def test_snapshots_come_from_the_model_and_one_noise(monkeypatch):
     assert all(x.equal(seen[0][1]) and x.shape == (10, 1, 28, 28) for _, x, _ in seen)
 
 
+def test_snapshots_are_shown_from_the_last_one_on_in_steps_of_three(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(ddpm, "show_grid", lambda axes, images, *rest: shown.append(images))
+    args = ddpm.get_args(["--out", str(tmp_path)])
+    (tmp_path / "03_ddpm").mkdir()
+    for count, expected in ((20, [19, 16, 13, 10, 7, 4, 1]), (1, [0])):
+        snapshots = [torch.full((10, 1, 28, 28), i / 10) for i in range(count)]
+        ddpm.plot_training(args, [{"step": 1, "loss": 0.5}], snapshots)
+        rows = (shown[-1] * 2 - 1)[::10, 0, 0, 0] * 10
+        assert rows.round().tolist() == expected
+
+
 def test_the_bound_is_reported_on_test_images_and_the_trained_model(tmp_path, monkeypatch, capsys):
     white, black = images_of(255, 64), images_of(0, 32)
     white, black = (x.repeat(1, 7, 7) for x in (white, black))

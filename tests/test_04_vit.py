@@ -491,6 +491,16 @@ def test_few_shot_learns_n_of_each_letter_and_tests_on_others(monkeypatch):
     assert list(script.few_shot(script.get_args(["--quick"]), model, "cpu")["ridge"]) == [5]
 
 
+def test_few_shot_never_learns_from_the_letters_it_is_tested_on(monkeypatch):
+    images, labels = script.draw_characters(2200, 2, "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    labels[:200] = torch.arange(200) % 25  # Z is among the last 2,000 only
+    monkeypatch.setattr(script, "draw_characters", lambda *args: (images, labels))
+    learned = []
+    monkeypatch.setattr(script, "train", lambda args, model, x, y, history: learned.append(y))
+    script.few_shot(script.get_args([]), script.VisionTransformer(depth=1), "cpu")
+    assert [y.unique().tolist() for y in learned] == 4 * [list(range(25))]
+
+
 def test_default_settings_are_those_of_the_header():
     args = vars(script.get_args([]))
     expected = dict(epochs=12, batch_size=128, lr=2e-3, train_size=60000, seed=0, patch_size=7,

@@ -491,6 +491,15 @@ def test_the_autoencoder_has_its_kl_and_latents_of_variance_one(capsys):
     torch.testing.assert_close(errors, expected, rtol=0.02, atol=0.1)
 
 
+def test_the_autoencoder_trained_twice_still_has_latents_of_variance_one():
+    torch.manual_seed(0)
+    images, model = script.draw_characters(100, 0)[0], script.Autoencoder()
+    for _ in range(2):
+        script.train_autoencoder(model, images, epochs=1)
+        assert model.encode(images).std().item() == pytest.approx(1, abs=1e-4)
+    assert abs(model.std - 1) > 0.01
+
+
 class Linear(nn.Module):
     """A model with two parameters, ε̂ = w x_t and mix = u, which keeps what it is asked."""
 

@@ -412,6 +412,11 @@ def test_itc_without_momentum_and_queue_is_clip():
     assert loss.item() == pytest.approx(math.log(5 + 6))
 
 
+def test_slow_encoders_train_their_batchnorm_even_if_the_model_was_evaluated_before():
+    net = script.small_clip().eval()
+    assert script.ITC(net).slow.training and not net.training
+
+
 def test_the_queue_holds_the_newest_and_no_gradient():
     net, loss_function = itc(M=6)
     for step in range(4):
