@@ -94,7 +94,7 @@ class VAE(nn.Module):
         super().__init__()
         h, activation = (200, nn.ReLU()) if book else (1000, nn.SiLU())  # h hidden units
         self.encoder = nn.Sequential(nn.Linear(784, h), activation, nn.Linear(h, 2 * latent_dim))
-        self.decoder = nn.Sequential(
+        self.decoder = nn.Sequential(  # z (B, latent_dim) -> x̂ (B, 784), the mean of p(x | z)
             nn.Linear(latent_dim, h), activation, nn.Linear(h, 784), nn.Sigmoid())
         logvar = torch.tensor(2 * math.log(sigma or 0.3))  # learned σ: start at 0.3
         self.logvar = nn.Parameter(logvar, requires_grad=sigma == 0)  # log σ²
@@ -104,25 +104,22 @@ class VAE(nn.Module):
         mu, logvar = self.encoder(x).chunk(2, -1)  # (B, 2 latent_dim) -> (B, latent_dim) each
         return mu, logvar.clamp(-20, 20)  # exp(logvar) neither underflows nor overflows
 
-    def decode(self, z):
-        """z (B, latent_dim) -> x̂ (B, 784), the mean of p(x | z)."""
-        return self.decoder(z)
-
     def elbo(self, x):
         """The ELBO's terms in nats, each (B,): E_q[log p(x | z)] estimated at one z, and the KL."""
         mu, logvar = self.encode(x)
-        x_hat = self.decode(reparameterize(mu, logvar))
+        x_hat = self.decoder(reparameterize(mu, logvar))
         reconstruction = pixel_log_density(x, x_hat, self.logvar).sum(1)
         return reconstruction, gaussian_kl(mu, logvar).sum(1)
 
     def importance_bound(self, x, K):
         """log(1/K Σ_k p(x, z_k) / q(z_k | x)) in nats (B,); its mean grows with K (IWAE eq. 8)."""
+        x = x.repeat(K, 1)  # (B, 784) -> (K B, 784)
         mu, logvar = self.encode(x)
-        eps = torch.randn(K, *mu.shape).to(mu)  # (K, B, latent_dim)
+        eps = torch.randn_like(mu)
         z = mu + (0.5 * logvar).exp() * eps
-        log_p_x = pixel_log_density(x, self.decode(z), self.logvar).sum(-1)  # log p(x | z): (K, B)
-        log_ratio = 0.5 * (logvar + eps.square() - z.square()).sum(-1)  # log p(z) - log q(z | x)
-        return (log_p_x + log_ratio).logsumexp(0) - math.log(K)
+        log_p_x = pixel_log_density(x, self.decoder(z), self.logvar).sum(1)  # log p(x | z): (K B,)
+        log_ratio = 0.5 * (logvar + eps.square() - z.square()).sum(1)  # log p(z) - log q(z | x)
+        return (log_p_x + log_ratio).view(K, -1).logsumexp(0) - math.log(K)
 
 
 # ---- Training ------------------------------------------------------------------------
@@ -159,7 +156,7 @@ def train(args, model, images, history):
 def evaluate(model, x):
     """Means over test images x (N, 784); all but the squared error in nats."""
     reconstruction, kl = model.elbo(x)
-    x_hat = model.decode(reparameterize(*model.encode(x)))
+    x_hat = model.decoder(reparameterize(*model.encode(x)))
     return {
         "ELBO": (reconstruction - kl).mean().item(),
         "importance-weighted bound, first 500": model.importance_bound(x[:500], 100).mean().item(),
@@ -214,10 +211,10 @@ def plot_images(args, model, x):
     if args.latent_dim == 2:
         ticks = torch.special.ndtri(torch.linspace(0.05, 0.95, 9))  # quantiles of N(0, 1)
         z = torch.cartesian_prod(-ticks, ticks).flip(1)  # z_1 grows to the right, z_2 upward
-    left = torch.cat([x[:9], model.decode(mu), *model.decode(paths)])
+    left = torch.cat([x[:9], model.decoder(mu), model.decoder(paths.flatten(0, 1))])
     _, axes = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
     show_grid(axes[0], left.view(-1, 1, 28, 28), 9, "x; x̂; straight lines in z between images")
-    show_grid(axes[1], model.decode(z.to(x)).view(-1, 1, 28, 28), 9,
+    show_grid(axes[1], model.decoder(z.to(x)).view(-1, 1, 28, 28), 9,
               "x̂(z): z from the prior (if z has two dimensions: on a grid)")
     plt.savefig(f"{args.out}/images.png")
 
@@ -330,7 +327,7 @@ def load_weights(args, model):
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
         differ = sorted(checkpoint["settings"].items() - vars(args).items())
-        print(f"--load {args.load} was saved with other settings: {differ}")
+        print(f"--load {args.load}: its settings that differ from this run's: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
         sys.exit(f"--load {args.load} cannot be used: {error}")

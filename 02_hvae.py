@@ -110,7 +110,7 @@ class TwoLevelVAE(nn.Module):
     def __init__(self, latent_dim, learn_sigma=True, level1="sampled", levels=2, as_printed=False):
         super().__init__()
         self.learn_sigma = learn_sigma  # False: p(x | z1) and p(z1 | z2) have variance 1
-        self.level1 = level1  # cost of level 1 in training: "sampled" or "closed_form"
+        self.level1 = level1  # for training, as elbo(x, model.level1); or "closed_form"
         self.levels = levels
         activation = nn.ReLU() if as_printed else nn.SiLU()
         hidden1, hidden2 = ([100], [100]) if as_printed else ([512], [256, 256])
@@ -360,7 +360,7 @@ def load_weights(args, model):
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
         differ = sorted(checkpoint["settings"].items() - vars(args).items())
-        print(f"--load {args.load} was saved with other settings: {differ}")
+        print(f"--load {args.load}: its settings that differ from this run's: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
         sys.exit(f"--load {args.load} cannot be used: {error}")

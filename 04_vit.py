@@ -23,7 +23,7 @@ Weights  VisionTransformer(224, 16, 3, 1000, 768, 12, 12) loads timm's vit_base_
          strict=True; it expects RGB images normalized with mean and std 0.5: pixels in [-1, 1].
 Read     Start with `Block` and `VisionTransformer`; the rest can wait.
 Try      easy: --patch-size 14 or 4 (4 or 49 patches): compare accuracy and time.
-         medium: permute the patches of all images in the same way. Does --pos none notice?
+         medium: in `embed`, permute all images' patches in the same way. Does --pos none notice?
          harder: a masked autoencoder: `encode` some tokens of `embed`, predict the other patches.
 """
 
@@ -40,7 +40,7 @@ import urllib.request
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads release their cores sooner
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # a Mac's GPU lacks eigh
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # a Mac's GPU may lack linalg.solve
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -244,10 +244,9 @@ def cka(x, y):
 
 def frechet_distance(x, y):
     """‖m_x - m_y‖² + tr(C_x + C_y - 2 (C_x C_y)^½) of features x (N, D), y (M, D) (FID eq. 6)."""
+    x, y = x.cpu().double(), y.cpu().double()  # in float32 it can come out negative
     C_x, C_y = x.T.cov(), y.T.cov()
-    values, vectors = torch.linalg.eigh(C_x)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # C_x^½
-    overlap = torch.linalg.eigvalsh(root @ C_y @ root).clamp(min=0).sqrt().sum()  # tr (C_x C_y)^½
+    overlap = torch.linalg.eigvals(C_x @ C_y).real.clamp(min=0).sqrt().sum()  # tr (C_x C_y)^½
     return (x.mean(0) - y.mean(0)).square().sum() + (C_x + C_y).trace() - 2 * overlap
 
 
@@ -430,7 +429,7 @@ def load_weights(args, model):
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
         differ = sorted(checkpoint["settings"].items() - vars(args).items())
-        print(f"--load {args.load} was saved with other settings: {differ}")
+        print(f"--load {args.load}: its settings that differ from this run's: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
         sys.exit(f"--load {args.load} cannot be used: {error}")

@@ -389,12 +389,12 @@ def main(argv=None):
     dit = DiT(input_size=8, patch_size=args.patch_size, in_channels=2, hidden_size=128, depth=6,
               num_heads=4, num_classes=10, design=args.block)
     model = nn.ModuleDict({"autoencoder": autoencoder, "dit": dit}).to(device)
+    if args.load:
+        load_weights(args, model)
+    else:
+        train_autoencoder(autoencoder, images)  # Ctrl-C here ends the script
     history = []
     try:
-        if args.load:
-            load_weights(args, model)
-        else:
-            train_autoencoder(autoencoder, images)
         train(args, diffusion, dit, autoencoder.encode(images), labels, history)
     except KeyboardInterrupt:
         print("Training stopped early; saving and evaluating the current model.")
@@ -540,7 +540,7 @@ def load_weights(args, model):
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
         differ = sorted(checkpoint["settings"].items() - vars(args).items())
-        print(f"--load {args.load} was saved with other settings: {differ}")
+        print(f"--load {args.load}: its settings that differ from this run's: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
         sys.exit(f"--load {args.load} cannot be used: {error}")

@@ -381,7 +381,7 @@ def evaluate(model, digits, labels, held_out):
             "color": prefers(foils(scenes, 1, len(COLORS))),
             "axis (above or left)": prefers(foils(scenes, 4, len(RELATIONS))),
             "colors bound": prefers(exchanged)[different & trained],  # no foil has a held-out pair
-            "places bound": prefers(twins(scenes, index)[0][None])[different]}
+            "places bound": prefers(scenes[:, [2, 3, 0, 1, 4]][None])[different]}
     return {name: hit.float().mean().item() for name, hit in hits.items()}
 
 
@@ -540,7 +540,7 @@ def load_weights(args, model):
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
         differ = sorted(checkpoint["settings"].items() - vars(args).items())
-        print(f"--load {args.load} was saved with other settings: {differ}")
+        print(f"--load {args.load}: its settings that differ from this run's: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
         sys.exit(f"--load {args.load} cannot be used: {error}")

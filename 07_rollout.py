@@ -460,7 +460,7 @@ def load_weights(args, model):
     try:
         checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
         differ = sorted(checkpoint["settings"].items() - vars(args).items())
-        print(f"--load {args.load} was saved with other settings: {differ}")
+        print(f"--load {args.load}: its settings that differ from this run's: {differ}")
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
         sys.exit(f"--load {args.load} cannot be used: {error}")

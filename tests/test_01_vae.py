@@ -29,7 +29,9 @@ def linear_gaussian(widen=0.0):
         mu = (x - b) @ (W / sigma ** 2 / precision)
         return mu, logvar.expand_as(mu)
 
-    model.encode, model.decode = encode, lambda z: z @ W.T + b
+    model.encode = encode
+    del model.decoder  # a module can be replaced by a function only if it is deleted first
+    model.decoder = lambda z: z @ W.T + b
     marginal = MultivariateNormal(b, W @ W.T + sigma ** 2 * torch.eye(5, dtype=torch.float64))
     x = marginal.sample((7,))
     return model, x, marginal
@@ -60,7 +62,7 @@ def test_elbo_terms_are_explicit_log_densities_with_all_constants(sigma, book):
     torch.testing.assert_close(torch.cat([mu, logvar], 1), model.encoder(x))
     q = Normal(mu, (logvar / 2).exp())
     z = q.mean + q.stddev * torch.randn(6, 3)
-    p = Normal(model.decode(z), sigma or model.logvar.exp().sqrt())
+    p = Normal(model.decoder(z), sigma or model.logvar.exp().sqrt())
     torch.testing.assert_close(reconstruction, p.log_prob(x).sum(1), rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(kl, kl_divergence(q, Normal(0.0, 1.0)).sum(1))
     assert reconstruction.shape == kl.shape == (6,)
@@ -74,7 +76,7 @@ def test_with_sigma_1_twice_the_elbo_is_the_books_loss_and_a_constant():
     bound = elbo(model, x).mean()
     torch.manual_seed(1)
     mu, logvar = model.encode(x)
-    x_hat = model.decode(script.reparameterize(mu, logvar))
+    x_hat = model.decoder(script.reparameterize(mu, logvar))
     squares = F.mse_loss(x_hat, x, reduction="sum") / 5
     loss = squares - (1 + logvar - mu ** 2 - logvar.exp()).sum() / 5  # as App. C.4 has it
     torch.testing.assert_close(-2 * bound - 784 * math.log(2 * math.pi), loss)
@@ -139,7 +141,7 @@ def test_importance_weights_are_densities_of_torch_distributions():
     mu, logvar = model.encode(x)
     q = Normal(mu, (logvar / 2).exp())
     z = q.mean + q.stddev * torch.randn(4, 5, 3)
-    p = Normal(model.decode(z), model.logvar.exp().sqrt())
+    p = Normal(model.decoder(z), model.logvar.exp().sqrt())
     log_weights = (p.log_prob(x).sum(2) + Normal(0.0, 1.0).log_prob(z).sum(2)
                    - q.log_prob(z).sum(2))
     torch.testing.assert_close(bound, log_weights.logsumexp(0) - math.log(4), rtol=1e-5, atol=1e-3)
@@ -149,7 +151,7 @@ def test_learned_sigma_is_at_rest_where_it_equals_the_error():
     torch.manual_seed(0)
     model, x = script.VAE(latent_dim=2), torch.rand(64, 784)
     torch.manual_seed(1)
-    error = (x - model.decode(script.reparameterize(*model.encode(x)))).square().mean()
+    error = (x - model.decoder(script.reparameterize(*model.encode(x)))).square().mean()
     for factor, sign in ((0.5, 1), (1.0, 0), (2.0, -1)):
         model.logvar.data = (factor * error.detach()).log()
         torch.manual_seed(1)
@@ -166,7 +168,7 @@ def test_another_density_of_a_pixel_is_one_function(monkeypatch):
     torch.manual_seed(1)
     reconstruction, _ = model.elbo(x)
     torch.manual_seed(1)
-    x_hat = model.decode(script.reparameterize(*model.encode(x)))
+    x_hat = model.decoder(script.reparameterize(*model.encode(x)))
     torch.testing.assert_close(reconstruction, -2 * (x - x_hat).abs().sum(1))
     many = x.repeat(1000, 1)
     with torch.no_grad():
@@ -328,7 +330,7 @@ def test_results_are_means_over_the_test_images(tmp_path, monkeypatch, capsys):
         terms = [model.elbo(x) for _ in range(20)]
         bounds = [elbo(model, x).mean().item() for _ in range(20)]
         mu, logvar = model.encode(x)
-        squares = torch.stack([(x - model.decode(script.reparameterize(mu, logvar))).square().sum(1)
+        squares = torch.stack([(x - model.decoder(script.reparameterize(mu, logvar))).square().sum(1)
                                for _ in range(20)]).mean().item()
         IW = model.importance_bound(x[:100], 100).mean().item()
     assert results["KL"] == pytest.approx(terms[0][1].mean().item(), rel=1e-5)
@@ -356,7 +358,8 @@ def test_flags_reach_the_model(flags, shape, logvar, tmp_path, monkeypatch):
 def test_results_are_the_means_they_are_called():
     model, asked = script.VAE(2), []
     model.elbo = lambda x: (torch.arange(len(x)) * 1.0, torch.full([len(x)], 7.0))
-    model.decode = lambda z: torch.zeros(len(z), 784)
+    del model.decoder
+    model.decoder = lambda z: torch.zeros(len(z), 784)
     model.importance_bound = lambda x, K: asked.append((x, K)) or torch.arange(len(x)) * 1.0
     x = torch.rand(700, 784)
     with torch.no_grad():
@@ -366,6 +369,21 @@ def test_results_are_the_means_they_are_called():
     assert results["importance-weighted bound, first 500"] == pytest.approx(249.5)
     assert results["ELBO"] == pytest.approx(349.5 - 7) and results["KL"] == pytest.approx(7)
     assert results["squared error"] == pytest.approx(x.square().sum(1).mean().item(), rel=1e-5)
+
+
+def test_a_decoder_of_ones_own_gets_its_codes_one_per_row(tmp_path):
+    """Such as one of transposed convolutions, which takes no further dimensions."""
+    args = script.get_args(["--out", str(tmp_path)])
+    (tmp_path / "01_vae").mkdir()
+    model, x = script.VAE(), torch.rand(9, 784)
+    model.decoder = nn.Sequential(
+        nn.Linear(20, 32 * 49), nn.Unflatten(1, (32, 7, 7)), nn.ConvTranspose2d(32, 16, 2, 2), nn.ReLU(),
+        nn.ConvTranspose2d(16, 1, 2, 2), nn.Flatten(), nn.Sigmoid())
+    with torch.no_grad():
+        assert model.importance_bound(x, 3).shape == (9,)
+        assert math.isfinite(script.evaluate(model, x)["ELBO"])
+        script.plot_images(args, model, x)
+    assert (tmp_path / "01_vae" / "images.png").exists()
 
 
 @pytest.fixture
@@ -384,7 +402,8 @@ def test_pictures_show_reconstructions_lines_and_samples(tmp_path, grids):
     model, x = script.VAE(400), torch.rand(9, 784)
     means = torch.rand(9, 400)
     model.encode = lambda x: (means[:len(x)], 0 * means[:len(x)])
-    model.decode = lambda z: torch.cat([z, z[..., :384]], -1)  # shows z itself
+    del model.decoder
+    model.decoder = lambda z: torch.cat([z, z[..., :384]], -1)  # shows z itself
     script.plot_images(args, model, x)
     (left, columns, _), (right, more_columns, _) = grids
     assert columns == more_columns == 9 and left.shape == right.shape == (81, 1, 28, 28)
@@ -403,7 +422,8 @@ def test_plane_of_two_latents_has_equally_likely_steps(tmp_path, grids):
     args = script.get_args(["--latent-dim", "2", "--out", str(tmp_path)])
     (tmp_path / "01_vae").mkdir()
     model, x = script.VAE(2), torch.rand(9, 784)
-    model.decode = lambda z: z.repeat_interleave(392, -1)
+    del model.decoder
+    model.decoder = lambda z: z.repeat_interleave(392, -1)
     script.plot_images(args, model, x)
     z = grids[1][0].view(9, 9, 784)[:, :, [0, -1]]  # (row, column, latent)
     area = Normal(0.0, 1.0).cdf(z.double())

@@ -337,8 +337,13 @@ def test_frechet_distance_of_two_known_gaussians():
     A, B = torch.randn(2, 3, 3, dtype=torch.float64)
     C, D = A @ A.T + torch.eye(3).double(), B @ B.T + 0.5 * torch.eye(3).double()
     m, n = torch.randn(2, 3, dtype=torch.float64)
-    values, vectors = torch.linalg.eig(C @ D)  # the root of the product, not the symmetric way
-    root = (vectors @ torch.diag(values.sqrt()) @ torch.linalg.inv(vectors)).real
+
+    def symmetric_root(matrix):
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors @ torch.diag(values.sqrt()) @ vectors.T
+
+    half = symmetric_root(C)
+    root = half @ symmetric_root(half @ D @ half) @ torch.linalg.inv(half)
     torch.testing.assert_close(root @ root, C @ D)
     expected = ((m - n).square().sum() + (C + D - 2 * root).trace()).item()
     # samples whose mean and covariance are exactly these
@@ -356,6 +361,18 @@ def test_frechet_distance_of_two_known_gaussians():
     assert script.frechet_distance(x, x + 2).item() == pytest.approx(12)  # 3 times 2²
     few = x[:2]  # a covariance of rank one has a root, too
     assert script.frechet_distance(few, few).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_is_precise_for_features_that_hardly_vary_in_most_directions():
+    torch.manual_seed(0)
+    mixing = torch.randn(64, 64) * torch.logspace(0, -5, 64)[:, None]
+    x, y = torch.randn(10, 64) @ mixing, torch.randn(1000, 64) @ mixing
+    a, b = [(z.double() - z.double().mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y)]
+    overlap = torch.linalg.svdvals(a @ b.T).sum()  # tr (C_x C_y)^½ is the nuclear norm of A B^T
+    means = (x.double().mean(0) - y.double().mean(0)).square().sum()
+    expected = means + a.square().sum() + b.square().sum() - 2 * overlap
+    assert script.frechet_distance(x, y).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(script.frechet_distance(y, y).item()) < 1e-4  # two decimals are printed
 
 
 @pytest.fixture

@@ -792,6 +792,17 @@ def test_the_picture_of_samples_has_a_hundred_and_tells_the_guidance(tmp_path):
     assert "3.5" in axes.get_title() and (tmp_path / "results.png").exists()
 
 
+def test_an_interrupt_before_the_latents_are_ready_saves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "train_autoencoder", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(["--quick", "--data", "drawn", "--out", str(tmp_path)])
+    assert not list((tmp_path / "05_dit").iterdir())
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_loaded_model_keeps_its_autoencoder(tmp_path, monkeypatch):
     flags = ["--quick", "--data", "drawn", "--device", "cpu", "--samples", "10", "--steps", "2",
              "--train-size", "64"]
