@@ -110,7 +110,7 @@ class TwoLevelVAE(nn.Module):
     def __init__(self, latent_dim, learn_sigma=True, level1="sampled", levels=2, as_printed=False):
         super().__init__()
         self.learn_sigma = learn_sigma  # False: p(x | z1) and p(z1 | z2) have variance 1
-        self.level1 = level1  # for training, as elbo(x, model.level1); or "closed_form"
+        self.level1 = level1  # "sampled" or "closed_form"; train with elbo(x, model.level1)
         self.levels = levels
         activation = nn.ReLU() if as_printed else nn.SiLU()
         hidden1, hidden2 = ([100], [100]) if as_printed else ([512], [256, 256])
