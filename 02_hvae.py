@@ -231,14 +231,14 @@ def main(argv=None):
 @torch.no_grad()
 def plot_images(args, models, x):
     """Draws what each level of the first model keeps of images x, and samples (also as .npz)."""
-    model = next(iter(models.values()))
+    name, model = next(iter(models.items()))
     mu1, _ = gaussian(model.encoder1(x))
-    mu2, _ = gaussian(model.encoder2(mu1))
-    prior = model.prior(mu2)  # p(z1 | z2)
+    prior = model.prior(gaussian(model.encoder2(mu1))[0])  # p(z1 | z2) at the mean of z2
     rows = [x, model.decoder1(mu1), model.decoder1(prior[0])]
     rows += [model.decoder1(reparameterize(*prior)) for _ in range(4)]
     _, axes = plt.subplots(figsize=(8, 6), layout="constrained")
-    show_grid(axes, torch.cat(rows).view(-1, 1, 28, 28), len(x), "x; from z1; from z2; four draws")
+    title = f"{name}: x; from z1; from z2; four draws from p(z1 | z2)"
+    show_grid(axes, torch.cat(rows).view(-1, 1, 28, 28), len(x), title)
     plt.savefig(f"{args.out}/levels.png")
     z = torch.randn(1000, args.latent_dim).to(x)
     size = (9, 1.2 * len(models))

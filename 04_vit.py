@@ -23,7 +23,7 @@ Weights  VisionTransformer(224, 16, 3, 1000, 768, 12, 12) loads timm's vit_base_
          strict=True; it expects RGB images normalized with mean and std 0.5: pixels in [-1, 1].
 Read     Start with `Block` and `VisionTransformer`; the rest can wait.
 Try      easy: --patch-size 14 or 4 (4 or 49 patches): compare accuracy and time.
-         medium: in `embed`, permute all images' patches in the same way. Does --pos none notice?
+         medium: in `embed`, permute all images' patches alike; train. Does --pos none notice?
          harder: a masked autoencoder: `encode` some tokens of `embed`, predict the other patches.
 """
 

@@ -151,7 +151,7 @@ def render(digits, scenes):
 
 def twins(scenes, index):
     """Hard negatives: the two digits exchange places, so knowing the words is not enough."""
-    return scenes[:, [2, 3, 0, 1, 4]], index.flip(1)
+    return scenes[:, [2, 3, 0, 1, 4]], index.flip(1)  # other colors would show held-out pairs
 
 
 # ---- The two towers ------------------------------------------------------------------
@@ -291,7 +291,7 @@ class ITC:
         self.momentum = momentum
         self.slow = copy.deepcopy(model).train()
         self.images = self.texts = model.text_projection.detach()[:0]  # (0, E): an empty queue
-        self.scenes = torch.zeros(0, 5, dtype=torch.long)
+        self.scenes = torch.zeros(0, 5, dtype=torch.long)  # (0, n): rows of 5 numbers
 
     def __call__(self, model, images, tokens, scenes):
         with torch.no_grad():
