@@ -9,7 +9,7 @@ Sources  VAE: Auto-Encoding Variational Bayes, Kingma, Welling, arXiv:1312.6114
          IWAE: Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, arXiv:1509.00519
          text: 拡散モデルの理論, section 8.1.1 and appendix C
 Run      python 01_vae.py    (--quick for a smoke test, --help for the settings)
-Expect   57 seconds on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24); two pictures.
+Expect   57 seconds on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); two pictures.
          Test images; ELBO and KL in nats (the mean image alone, with the best σ: an ELBO of -56):
          this file   ELBO +811   KL 68.0   20 of 20 latents in use   squared error 4.86 ≈ 784 σ²
          --sigma 1   ELBO -739   KL  6.8   10 of 20                  24.4

@@ -12,7 +12,7 @@ Faults   of the text's code: 1. Imports and classes are commented out: a NameErr
          3. σ = 1, also in p(z1 | z2): z1 carries few nats. Only 2 and 3 together switch z2 off.
 Sources  text: 拡散モデルの理論, appendix C
 Run      python 02_hvae.py    (--quick for a smoke test, --help for the settings)
-Expect   2.5 minutes for five models on two CPU cores (AMD EPYC, real MNIST, 2026-11-24).
+Expect   3 minutes for five models on two CPU cores (AMD EPYC, real MNIST, 2026-11-26).
          Mean (3 seeds) ± largest deviation ELBO, nats    level 1     level 2     Fréchet, 04_vit.py
          repaired: σ learned, sampled -J3   +801.7 ± 1.3  47.7 ± 0.7  9.0 ± 0.6       4.9 ± 0.4
          closed form (fault 2)              +799.2 ± 2.8  48.6 ± 0.4  8.3 ± 0.3       5.0 ± 0.6

@@ -13,7 +13,7 @@ Sources  DDPM: Denoising Diffusion Probabilistic Models, Ho, Jain, Abbeel, arXiv
          DDIM: Denoising Diffusion Implicit Models, Song, Meng, Ermon, arXiv:2010.02502
          texts: 拡散モデルの理論, sections 8.2-8.4; for ex. 5.x and eq. 5.x: 第5章 演習問題の解答
 Run      python 03_ddpm.py    (--quick for a smoke test, --help for the settings)
-Expect   8 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24); four pictures.
+Expect   8 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); four pictures.
          L_simple 0.0231; bound 2.04 bits/dim (16 test images). 1,000 samples, 04_vit.py --judge:
                                            clear (over 95% sure)   Fréchet distance
          this file: DDIM, 50 steps, η = 1.9          80%             2.2

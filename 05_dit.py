@@ -18,12 +18,12 @@ Sources  DiT: Scalable Diffusion Models with Transformers, Peebles, Xie, arXiv:2
          DDIM: Denoising Diffusion Implicit Models, Song, Meng, Ermon, arXiv:2010.02502
          texts: 第5章 演習問題の解答, ex. 5.7; [논문분석] Scalable Diffusion Models with Transformers
 Run      python 05_dit.py    (--quick for a smoke test, --help for the settings)
-Expect   7 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-24); results.png.
+Expect   7 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); results.png.
          1,000 images each, scored by 04_vit.py --judge; chance for the digit is 10%:
                               g = 1    1.5   1.75 (default)    4     1.75 --ddim   test images
-           digit asked for, %  91.0   98.1        99.3       99.9       98.9
-           over 95% sure, %    87.9   96.6        98.1       99.7       97.8           97.1
-           Fréchet distance     1.3    1.2         1.6        3.8        1.5            0.4
+           digit asked for, %  91.0   98.1        99.2       99.9       98.9
+           over 95% sure, %    87.9   96.6        98.0       99.7       97.8           97.1
+           Fréchet distance     1.3    1.2         1.7        3.8        1.5            0.4
          L_simple by --block (--epochs 1, three seeds): adaln-zero 0.140, 0.142, 0.148; adaln
          0.146, 0.147, 0.147; in-context 0.150, 0.151, 0.151; cross-attention 0.151, 0.153, 0.153.
 Weights  DiT() loads facebookresearch's DiT-XL/2 with strict=True; t from 0, z of (B, 4, 32, 32):
