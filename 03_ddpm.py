@@ -20,7 +20,7 @@ Expect   8 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); 
          the same with η = 0                         68%             4.6
          Algorithm 2 (--ddim-steps 0; 500 samples)   75%             3.1
          1,000 real test images                      97%             0.4
-         3 epochs: Algorithm 2 (500 samples)         61%             6.0
+         3 epochs (2026-11-24): Algorithm 2 (500)    61%             6.0
            DDIM, η = 1.9 (another seed)              73% (72%)       4.7 (4.9)
            the same, averaged weights (not here)     71%             4.7
            the same, v-prediction (not here)         76%             4.5

@@ -22,7 +22,7 @@ Expect   5 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); 
            --twins 0     89 (96)     97 (84)   100 (100)   100 (100)     99 (96)     46 (53)
            chance            0.1          10          17          50          33          50
          Places need twins, colors do not. Caption found after 2 epochs, three seeds: CLIP's loss
-         42, 50, 68 with batches of 32 and 62, 63, 76 with 256; ITC 82, 87, 92 and 64, 72, 72.
+         39, 47, 55 with batches of 32 and 62, 63, 76 with 256; ITC 79, 88, 93 and 64, 72, 73.
 Weights  clip = CLIP(VisionTransformer(nn.Conv2d(3, 768, 32, 32, bias=False), 49, 768, 12, 12, 512),
                      49408, 77, 512, 12, 8, 512)
          loads OpenAI's ViT-B/32 with strict=True, once its three integers are removed.
