@@ -12,7 +12,7 @@ Sources  ViT: An Image is Worth 16x16 Words, Dosovitskiy et al., arXiv:2010.1192
          texts: 第5章 演習問題の解答, ex. 5.1; 【読書記録】Vision Transfoer入門
 Run      python 04_vit.py    (--quick for a smoke test, --help for the settings)
 Expect   4 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); results.png.
-         Test accuracy 99.3% (chance 10). By --pos, seed 0 (seed 1), 2026-11-24: learned 99.3 (99.3);
+         Test accuracy 99.3% (chance 10). By --pos, seed 0 (1), on 2026-11-24: learned 99.3 (99.3);
          from std=0.7, the sines' RMS (not here), 99.1 (99.2); sincos 99.3 (99.3); none 98.2 (98.1).
          Accuracy on a font's letters; examples of each (chance 4%):   1    5   20  100
            ridge regression on the digit model's features, in 1 ms    39%  59%  70%  75%
