@@ -126,6 +126,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=64,
                  depth=6, num_heads=4, pos="learned"):
         super().__init__()
+        assert img_size % patch_size == 0, "patch_size must divide img_size"
         tokens = 1 + (img_size // patch_size) ** 2
         proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.patch_embed = nn.ModuleDict({"proj": proj})  # E; names as in timm

@@ -215,7 +215,7 @@ class DiT(nn.Module):
             "mlp": nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))})
         self.y_embedder = nn.ModuleDict({
             "embedding_table": nn.Embedding(num_classes + 1, D)})  # the last row is the null class
-        positions = sincos_positions(input_size // patch_size, D)
+        positions = sincos_positions(input_size // patch_size, D)  # patch_size divides input_size
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(D, num_heads, design) for _ in range(depth))
         out_dim = patch_size**2 * 2 * in_channels

@@ -104,7 +104,7 @@ def patch_map(matrix):
 
 
 def explain(model, x):
-    """Maps (B, N) of what the model looks at in scenes x (B, 1, H, W), by name; needs autograd."""
+    """Maps (B, N), all ≥ 0, of where the model looks in x (B, 1, H, W), by name; needs autograd."""
     logits, attentions = model(x, return_attention=True)
     W = torch.stack(attentions).mean(2)  # (L, B, h, 1 + N, 1 + N) -> (L, B, 1 + N, 1 + N)
     matrices = {"last layer": W[-1], "mean of layers": W.mean(0),
@@ -155,7 +155,7 @@ def deletion(model, x, labels, maps, fractions):
 def measure(model, x, labels, boxes):
     """The means of the three measures, and the mean deletion curve, by the name of the map."""
     maps = explain(model, x)
-    N = maps["rollout"].shape[1]
+    N = next(iter(maps.values())).shape[1]  # patches
     inside = overlap(boxes, x.shape[2], N)
     ink = F.adaptive_avg_pool2d(x + 1, math.isqrt(N)).flatten(1)  # no model: how bright a patch is
     maps |= {"ink": ink, "random": torch.rand_like(inside), "the box": inside}  # for comparison
@@ -342,7 +342,7 @@ def plot_maps(args, x, boxes, maps):
         scene[0, top:bottom, [left, right - 1]] = 0.5
         scene[0, [top, bottom - 1], left:right] = 0.5
     for values in maps.values():
-        light = to_pixels(values / values.amax(1, keepdim=True), x.shape[2]).cpu()
+        light = to_pixels(values / values.amax(1, keepdim=True), x.shape[2]).detach().cpu()
         tiles.append(light * (0.3 + 0.7 * x))
     tiles = torch.stack(tiles, 1).flatten(0, 1)  # (B, 1 + K, 1, H, W) -> (B (1 + K), 1, H, W)
     columns = ["scene", *maps]

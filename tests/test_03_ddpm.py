@@ -359,6 +359,22 @@ def test_a_ddim_step_is_equation_12_of_its_paper(eta):
     torch.testing.assert_close(seen[1][1], expected)
 
 
+def test_few_steps_with_the_exact_noise_narrow_the_samples():
+    """The numbers in the header: a step is linear, so the variance can be followed exactly."""
+    torch.manual_seed(0)
+    for eta, expected in ((1.9, 0.19), (0, 0.27)):
+        variance, bars = 1.0, CHAIN.alpha_bars[::20].flip(0).tolist()  # 50 steps
+        for bar_t, bar_s in zip(bars, bars[1:]):
+            total = bar_t * 0.09 + 1 - bar_t  # Var x_t; the best estimates are linear in x_t
+            sigma2 = min(eta ** 2 * (1 - bar_s) / (1 - bar_t) * (1 - bar_t / bar_s), 1 - bar_s)
+            slope = bar_s ** 0.5 * bar_t ** 0.5 * 0.09 / total
+            slope += ((1 - bar_s - sigma2) * (1 - bar_t)) ** 0.5 / total
+            variance = slope ** 2 * variance + sigma2
+        assert variance ** 0.5 == pytest.approx(expected, abs=0.005)
+        x = CHAIN.sample_ddim(gaussian_model(CHAIN, 0.3), torch.randn(20000, 1).double(), 50, eta)
+        assert x.std().item() == pytest.approx(variance ** 0.5, rel=0.03)
+
+
 @pytest.mark.parametrize("steps, eta", [(None, 1), (1000, 0), (1000, 0.5)])
 def test_a_perfect_model_of_gaussian_data_samples_that_gaussian(steps, eta):
     torch.manual_seed(0)

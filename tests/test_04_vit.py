@@ -116,6 +116,13 @@ def test_fixed_positions_are_sines_and_cosines_of_one_angle():
     assert learned.requires_grad and learned.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.parametrize("size, patch", [(32, 7), (30, 8), (28, 5)])
+def test_patches_must_cover_the_image(size, patch):
+    """The convolution would drop the pixels at the edge without a word."""
+    with pytest.raises(AssertionError, match="patch_size must divide img_size"):
+        script.VisionTransformer(size, patch)
+
+
 def test_maps_and_tokens_are_those_of_the_forward_pass():
     model, x = network(), images()
     logits, maps = model(x, return_attention=True)

@@ -203,6 +203,18 @@ def test_deletion_is_the_area_under_the_curve(monkeypatch):
     assert all(row["deletion"] == pytest.approx(area) for row in rows.values())
 
 
+def test_a_map_of_ones_own_can_stand_alone_and_need_not_be_detached(monkeypatch, tmp_path):
+    drawn, labels = script.draw_characters(3, 0)
+    x, boxes = script.scenes(drawn, drawn, 2, size=40)
+    model = network().float()
+    monkeypatch.setattr(script, "explain", lambda model, x: {
+        "mine": model(x, return_attention=True)[1][0][:, 0, 0, 1:]})  # head 0 of block 1
+    rows, _ = script.measure(model, x, labels, boxes)
+    assert list(rows) == ["mine", "ink", "random", "the box"]
+    (tmp_path / "07_rollout").mkdir()
+    script.plot_maps(script.get_args(["--out", str(tmp_path)]), x, boxes, script.explain(model, x))
+
+
 def test_the_measures_are_means_over_the_scenes_of_every_map():
     drawn, labels = script.draw_characters(300, 0)
     x, boxes = script.scenes(drawn, drawn, 2, torch.Generator().manual_seed(0), 40)
