@@ -291,7 +291,7 @@ class ITC:
         self.momentum = momentum
         self.slow = copy.deepcopy(model).train()
         self.images = self.texts = model.text_projection.detach()[:0]  # (0, E): an empty queue
-        self.scenes = torch.zeros(0, 5, dtype=torch.long)  # (0, n): in this file, n = 5 numbers
+        self.scenes = torch.zeros(0, 5, dtype=torch.long)  # (0, n): here n = 5 numbers, on the CPU
 
     def __call__(self, model, images, tokens, scenes):
         with torch.no_grad():

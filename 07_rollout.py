@@ -136,8 +136,8 @@ def pointing(maps, inside):
 
 
 def mass(maps, inside):
-    """The fraction of the map that lies in the box: (B,)."""
-    return (maps * inside).sum(1) / maps.sum(1)
+    """The fraction of the map that lies in the box: (B,); 0 for a map of zeros."""
+    return (maps * inside).sum(1) / maps.sum(1).clamp(min=1e-30)
 
 
 @torch.no_grad()

@@ -166,7 +166,9 @@ def test_pointing_and_mass_of_maps_whose_worth_is_known():
     assert script.pointing(maps, inside).tolist() == [1, 1, 0, 0.5, 0.5]
     torch.testing.assert_close(script.mass(maps, inside),
                                torch.tensor([0.65, 0.325, 0.125, 0.3125, 0.4]))
-    torch.testing.assert_close(script.mass(7 * maps, inside), script.mass(maps, inside))
+    for factor in (7, 1e-20):
+        torch.testing.assert_close(script.mass(factor * maps, inside), script.mass(maps, inside))
+    assert script.mass(torch.zeros(5, 4), inside).tolist() == [0] * 5  # Grad-CAM may find nothing
 
 
 class Counter(torch.nn.Module):
