@@ -26,7 +26,7 @@ Expect   8 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); 
            the same, v-prediction (not here)         76%             4.5
            the same, t/T ~ Beta(1.5, 2.3) (not here) 75% (74%)       3.1 (4.1)
          η = 1.9 was found by experiment: the noise lets later steps correct the network's errors.
-         The price is variety: the exact ε of N(0, 0.3²) makes N(0, 0.19²) of it (η = 0: 0.27²).
+         The price is variety: with the exact ε of N(0, 0.3²), samples have σ = 0.19 (η = 0: 0.27).
 Read     Start with `Diffusion` and `train`: `train` is Algorithm 1, `sample` is Algorithm 2.
 Try      easy: --epochs 0 --load out/03_ddpm/model.pt --out out/try --ddim-steps 10 (or 5, or 0).
          medium: other values of `eta` in `main`; at how many steps does eta = 0 beat 1.9?
