@@ -1,41 +1,29 @@
-"""Denoising diffusion (DDPM): a network learns to remove the noise from an image step by step.
+"""Denoising diffusion (DDPM): learn to see the noise, then turn noise into images.
 
-    q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)              forward process: add noise
-    q(x_t | x_0) = N(√ᾱ_t x_0, (1-ᾱ_t) I),  ᾱ_t = Π (1-β_s)    t steps at once, t = 1..T
-    q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I)                      posterior of the forward process
-    p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), β_t I)                 reverse process: remove noise
-    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) ‖ p_θ(x_{t-1} | x_t))   the bound's term for step t > 1
-    -log p_θ(x_0) ≤ E[L_T + Σ_{t=2..T} L_{t-1} + L_0]          with L_0 = -log p_θ(x_0 | x_1)
-                                                               and L_T = KL(q(x_T | x_0) ‖ N(0, I))
-    L_simple = E (ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t))²          the training loss, a mean over pixels
+    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε,  ε ~ N(0, I)        add noise             q_sample
+    L_simple = mean of (ε - ε_θ(x_t, t))²             find the noise        train
+    x̂_0 = (x_t - √(1-ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t        the image behind it   predict_x0
+    x_{t-1} = μ̃_t(x̂_0, x_t) + σ_t z,  z ~ N(0, I)    a step towards it     sample
 
-Sources  DDPM: Denoising Diffusion Probabilistic Models, Ho, Jain, Abbeel, arXiv:2006.11239
-         DDIM: Denoising Diffusion Implicit Models, Song, Meng, Ermon, arXiv:2010.02502
-         texts: 拡散モデルの理論, sections 8.2-8.4; for ex. 5.x and eq. 5.x: 第5章 演習問題の解答
-Run      python 03_ddpm.py    (--quick for a smoke test, --help for the settings)
-Expect   8 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); four pictures.
-         L_simple 0.0231; bound 2.04 bits/dim (16 test images). 1,000 samples, 04_vit.py --judge:
-                                           clear (over 95% sure)   Fréchet distance
-         this file: DDIM, 50 steps, η = 1.9          80%             2.2
-         the same with η = 0                         68%             4.6
-         Algorithm 2 (--ddim-steps 0; 500 samples)   75%             3.1
-         1,000 real test images                      97%             0.4
-         3 epochs (2026-11-24): Algorithm 2 (500)    61%             6.0
-           DDIM, η = 1.9 (another seed)              73% (72%)       4.7 (4.9)
-           the same, averaged weights (not here)     71%             4.7
-           the same, v-prediction (not here)         76%             4.5
-           the same, t/T ~ Beta(1.5, 2.3) (not here) 75% (74%)       3.1 (4.1)
-         η = 1.9 was found by experiment: the noise lets later steps correct the network's errors.
-         The price is variety: with the exact ε of N(0, 0.3²), samples have σ = 0.19 (η = 0: 0.27).
-Read     Start with `Diffusion` and `train`: `train` is Algorithm 1, `sample` is Algorithm 2.
-Try      easy: --epochs 0 --load out/03_ddpm/model.pt --out out/try --ddim-steps 10 (or 5, or 0).
-         medium: other values of `eta` in `main`; at how many steps does eta = 0 beat 1.9?
-         harder: condition `UNet` on the class: embed the label and add it to `emb`.
+In T = 1000 small steps, an image x_0 dissolves in noise: ᾱ_t falls from 1 to 0. All that
+the network ε_θ learns is to tell the noise in x_t from the image. That is enough to go
+back: guess the image, take a small step towards it, add a little fresh noise, repeat.
+
+    python 03_ddpm.py            9 minutes on two CPU cores
+    python 03_ddpm.py --quick    a smoke test of seconds; its samples are noise
+
+Expect  L_simple falls from 1 to 0.02. In chain.png, noise becomes digits.
+Read    `Diffusion` and `train` first: they are all of DDPM. The bound and DDIM are
+        lessons of their own and can wait.
+Try     easy: --T 100, then --T 25. How many steps does a clear digit need?
+        medium: the cosine schedule (arXiv:2102.09672, eq. 17), in `Diffusion`.
+        harder: tell `UNet` the digit: embed the label and add it to `emb`.
+Paper   Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, arXiv:2006.11239
+Text    拡散モデルの理論, sections 8.2 to 8.4; ex. and eq. 5.x: 第5章 演習問題の解答
 """
 
 import argparse
 import gzip
-import hashlib
 import json
 import math
 import os
@@ -44,457 +32,440 @@ import time
 import urllib.request
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads release their cores sooner
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # a Mac's GPU lacks log_ndtr
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads soon free their cores
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.textpath import TextPath
 from torch import nn
 
-
-def get_args(argv=None):
-    """Reads the settings from the command line; get_args([]) returns the defaults."""
-    parser = argparse.ArgumentParser()
-    add = parser.add_argument
-    add("--data", default="", help='folder of the four MNIST files, or "drawn" for drawn digits')
-    add("--out", default="out", help="parent folder; results go to its subfolder 03_ddpm")
-    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
-    add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
-    add("--epochs", type=int, default=8, help="passes over the training images")
-    add("--batch-size", type=int, default=32, help="images per step")
-    add("--lr", type=float, default=2e-3, help="highest learning rate")
-    add("--train-size", type=int, default=60000, help="number of training images")
-    add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
-    add("--quick", action="store_true", help="smoke test: a short run on 512 images")
-    add("--T", type=int, default=1000, help="number of diffusion steps")
-    add("--samples", type=int, default=100, help="number of generated images, a multiple of 10")
-    add("--ddim-steps", type=int, default=50, help="DDIM steps; 0: Algorithm 2, with all T steps")
-    args = parser.parse_args(argv)
-    if args.quick:  # flags given on the command line override these
-        parser.set_defaults(epochs=1, train_size=512, batch_size=64, T=30, samples=20)
-        args = parser.parse_args(argv)
-    positive = [args.batch_size, args.lr, args.train_size, args.samples, args.T - 24]  # T ≥ 25
-    if min(positive) <= 0 or min(args.epochs, args.ddim_steps) < 0 or args.samples % 10:
-        parser.error("--epochs and --ddim-steps must be >= 0; --batch-size, --lr and --train-size "
-                     "> 0; --T >= 25; --samples a positive multiple of 10")
-    args.out += "/03_ddpm"
-    return args
+SETTINGS = {
+    "epochs": (8, "passes over the training images"),
+    "batch_size": (32, "images per step"),
+    "lr": (2e-3, "highest learning rate"),
+    "T": (1000, "steps from image to noise"),
+    "samples": (100, "images to generate"),
+    "train_size": (60000, "how many training images to use"),
+    "data": ("", "folder of the four MNIST files, or drawn: digits of a font"),
+    "out": ("out/03_ddpm", "folder of the results"),
+    "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or mps"),
+    "seed": (0, "the same seed gives the same numbers on one machine"),
+    "load": ("", "a model.pt to start from; --epochs 0 only evaluates it"),
+    "quick": (False, "a smoke test of seconds; its results are about chance"),
+}
+QUICK = {"epochs": 1, "T": 30, "samples": 20, "train_size": 512}
 
 
-# ---- Diffusion: the forward process, the reverse process, and the bound --------------
-def per_image(values, x):
-    """values (B,) -> (B, 1, ..., 1) with the type and device of x (B, ...)."""
-    return values.view(-1, *[1] * (x.dim() - 1)).to(x)
-
-
+# ---- Lesson one: diffusion -----------------------------------------------------------
 class Diffusion:
-    """The forward process q, the reverse process p_θ, and the variational bound.
+    """The chain x_0, x_1, ..., x_T: q adds noise, p_θ removes it (text 8.2, 8.4).
 
-    `model(x_t, t)` estimates the noise ε in x_t (B, ...), with x_0 in [-1, 1] and t (B,) in 1..T; t
-    is on the CPU. `betas[t]` is β_t, `alpha_bars[t]` is ᾱ_t, for t = 0..T, with β_0 = 0, ᾱ_0 = 1.
+    Every table has an entry for each t = 0..T. Images x (B, C, H, W) have pixels in
+    [-1, 1], t (B,) is in 1..T, and model(x_t, t) estimates the noise ε in x_t.
     """
 
-    def __init__(self, T=1000):
+    def __init__(self, T=1000, device="cpu"):
+        if T <= 20:
+            raise ValueError("T must be above 20, since the last β, 20 / T, must be below 1")
+        beta = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)  # DDPM, section 4
+        beta = F.pad(beta, (1, 0)).view(-1, 1, 1, 1)  # β_0 = 0, so that beta[t] is β_t
+        bar = torch.cumprod(1 - beta, 0)  # ᾱ_t = (1 - β_1) ... (1 - β_t), and ᾱ_0 = 1
+        before = bar.roll(1, 0)  # ᾱ_{t-1}
+        self.beta = beta
+        self.signal = bar.sqrt()  # x_t = signal x_0 + noise ε
+        self.noise = (1 - bar).sqrt()
+        self.from_x0 = before.sqrt() * beta / (1 - bar)  # μ̃_t = from_x0 x_0
+        self.from_xt = (1 - beta).sqrt() * (1 - before) / (1 - bar)  # + from_xt x_t
+        self.beta_tilde = beta * (1 - before) / (1 - bar)  # β̃_t, the variance around μ̃_t
+        self.variance = beta  # σ_t² of p_θ; the paper's other choice is beta_tilde
+        for name, table in vars(self).items():
+            setattr(self, name, table.float().to(device))
         self.T = T
-        betas = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)  # DDPM section 4; T > 20
-        self.betas = F.pad(betas, (1, 0))
-        self.alpha_bars = torch.cumprod(1 - self.betas, 0)
 
-    def q_step(self, x, t, noise):
-        """One step of the forward process, x_{t-1} to x_t (text 8.2.1); not used below."""
-        beta = self.betas[t]
-        return per_image((1 - beta).sqrt(), x) * x + per_image(beta.sqrt(), x) * noise
+    def q_sample(self, x0, t, eps):
+        """Jump from x_0 to x_t (text 8.4.3; eq. 5.25; DDPM eq. 4)."""
+        return self.signal[t] * x0 + self.noise[t] * eps
 
-    def q_sample(self, x0, t, noise):
-        """From x_0 to x_t directly (text 8.4.3; DDPM eq. 4)."""
-        bar = self.alpha_bars[t]
-        return per_image(bar.sqrt(), x0) * x0 + per_image((1 - bar).sqrt(), x0) * noise
+    def predict_x0(self, model, x_t, t):
+        """Return x̂_0, the image that the network sees in x_t: eq. 4 solved for x_0."""
+        x0 = (x_t - self.noise[t] * model(x_t, t)) / self.signal[t]
+        return x0.clamp(-1, 1)  # pixels stay in their range
 
-    def q_posterior(self, x0, x_t, t):
-        """Mean μ̃_t and variance β̃_t of q(x_{t-1} | x_t, x_0), by Bayes' rule (DDPM eq. 7)."""
-        beta, bar = self.betas[t], self.alpha_bars[t]
-        bar_previous = self.alpha_bars[t - 1]
-        from_x0 = bar_previous.sqrt() * beta / (1 - bar)
-        from_xt = (1 - beta).sqrt() * (1 - bar_previous) / (1 - bar)
-        mean = per_image(from_x0, x0) * x0 + per_image(from_xt, x0) * x_t
-        return mean, per_image(beta * (1 - bar_previous) / (1 - bar), x0)
-
-    def predict_x0(self, x_t, t, eps):
-        """The x_0 that gives x_t if the noise in x_t is eps (DDPM eq. 4 solved for x_0)."""
-        bar = self.alpha_bars[t]
-        return (x_t - per_image((1 - bar).sqrt(), x_t) * eps) / per_image(bar.sqrt(), x_t)
-
-    def p_mean_variance(self, model, x_t, t):
-        """Mean and variance σ_t² = β_t of p_θ(x_{t-1} | x_t), and the estimate x̂_0 of x_0."""
-        x0 = self.predict_x0(x_t, t, model(x_t, t)).clamp(-1, 1)  # pixels are in [-1, 1]
-        # without the clamp, mean is (x_t - β_t ε_θ / √(1-ᾱ_t)) / √(1-β_t): eq. 5.32; DDPM eq. 11
-        mean, _ = self.q_posterior(x0, x_t, t)
-        return mean, per_image(self.betas[t], x_t), x0
+    def q_mean(self, x0, x_t, t):
+        """Return μ̃_t, the mean of q(x_{t-1} | x_t, x_0) (eq. 5.28; DDPM eq. 7)."""
+        return self.from_x0[t] * x0 + self.from_xt[t] * x_t
 
     @torch.no_grad()
-    def sample(self, model, x, frames=None):
-        """DDPM, Algorithm 2: x_T (B, ...) -> x_0. Appends each (t, x_t, x̂_0) to `frames`."""
+    def sample(self, model, x):
+        """Turn pure noise x_T into images x_0 (DDPM, Algorithm 2; text 8.2.2)."""
         for step in range(self.T, 0, -1):
-            t = torch.full([len(x)], step)
-            mean, variance, x0 = self.p_mean_variance(model, x, t)
-            if frames is not None:
-                frames.append((step, x, x0))
-            z = torch.randn_like(x) if step > 1 else 0
-            x = mean + variance.sqrt() * z
+            t = torch.full([len(x)], step, device=x.device)
+            x0 = self.predict_x0(model, x, t)  # guess the image
+            x = self.q_mean(x0, x, t)  # take a small step towards it
+            if step > 1:
+                z = torch.randn_like(x)
+                x = x + self.variance[t].sqrt() * z  # add a little fresh noise
         return x
 
-    @torch.no_grad()
-    def sample_ddim(self, model, x, steps, eta):
-        """DDIM eq. 12 (its α_t is our ᾱ_t), x_T -> x_0; eta = 1: variance of q(x_s | x_t, x_0)."""
-        times = torch.linspace(self.T, 0, min(steps, self.T) + 1).round().long()
-        for t, s in zip(times, times[1:]):  # from x_t to x_s, s < t
-            x0 = self.p_mean_variance(model, x, t.expand(len(x)))[2]
-            bar_t, bar_s = self.alpha_bars[t], self.alpha_bars[s]
-            eps = (x - bar_t.sqrt() * x0) / (1 - bar_t).sqrt()  # the ε that fits the clamped x̂_0
-            variance = eta**2 * (1 - bar_s) / (1 - bar_t) * (1 - bar_t / bar_s)  # eq. 16
-            variance = variance.clamp(max=1 - bar_s)  # if eta > 1, keeps the next root real
-            x = bar_s.sqrt() * x0 + (1 - bar_s - variance).sqrt() * eps
-            x = x + variance.sqrt() * torch.randn_like(x)
-        return x
-
-    def dropped_weight(self, t):
-        """The weight of ‖ε - ε_θ‖² in L_{t-1}, t > 1; L_simple drops it (ex. 5.6; DDPM eq. 12)."""
-        beta = self.betas[t]  # β_t² / (2 σ_t² α_t (1-ᾱ_t)) with σ_t² = β_t, α_t = 1-β_t
-        return beta / (2 * (1 - beta) * (1 - self.alpha_bars[t]))
-
-    @torch.no_grad()
-    def vlb(self, model, x0):
-        """L_0, ..., L_T (B, T + 1), at one x_t for each t, in bits/dim (eq. 5.27; DDPM eq. 5)."""
-        terms = []
-        for step in range(1, self.T + 1):
-            t = torch.full([len(x0)], step)
-            x_t = self.q_sample(x0, t, torch.randn_like(x0))
-            mean, variance, _ = self.p_mean_variance(model, x_t, t)
-            if step == 1:
-                nats = -discretized_log_likelihood(x0, mean, variance.sqrt())  # L_0, eq. 5.34
-            else:
-                nats = gaussian_kl(*self.q_posterior(x0, x_t, t), mean, variance)  # ex. 5.4
-            terms.append(nats)
-        bar = self.alpha_bars[-1]
-        terms.append(gaussian_kl(bar.sqrt() * x0, 1 - bar, 0, 1))  # L_T
-        return torch.stack([nats.flatten(1).mean(1) for nats in terms], 1) / math.log(2)
+    # But for the clamp in predict_x0, this mean is the one that the paper writes as
+    # (x_t - β_t ε_θ(x_t, t) / √(1-ᾱ_t)) / √(1-β_t)  (eq. 5.32; DDPM eq. 11).
 
 
-def gaussian_kl(mean1, variance1, mean2, variance2):
-    """KL(N(mean1, variance1) ‖ N(mean2, variance2)) of each pixel, in nats."""
-    ratio = variance1 / variance2
-    return 0.5 * (ratio - 1 - ratio.log() + (mean1 - mean2).square() / variance2)
+def timestep_embedding(t):
+    """Turn times t (B,) into sines and cosines at 32 frequencies, 1 to 1e-4: (B, 64)."""
+    angles = t[:, None] / torch.logspace(0, 4, 32, device=t.device)
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-def discretized_log_likelihood(x0, mean, std):
-    """Log probability in nats of 8-bit pixels x0 under N(mean, std²) (eq. 5.34; DDPM eq. 13)."""
-    log_cdf = torch.special.log_ndtr
-    d = (x0 - mean).abs()  # by symmetry; log Φ is precise in the lower tail
-    upper = log_cdf((1 / 255 - d) / std)  # the bin of a pixel is x0 ± 1/255
-    lower = log_cdf((-1 / 255 - d) / std)
-    inner = upper + torch.log1p(-(lower - upper).exp())
-    outer = log_cdf((1 / 255 - x0.sign() * (x0 - mean)) / std)  # black, white: half-open bins
-    return torch.where(x0.abs() > 0.999, outer, inner)
-
-
-# ---- The network ---------------------------------------------------------------------
 class ResidualBlock(nn.Module):
-    """Two convolutions with a skip connection: (B, c_in, H, W) -> (B, c_out, H, W)."""
+    """x + two convolutions that are told the time: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, c_in, c_out, time_dim):
+    def __init__(self, channels):
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time = nn.Linear(time_dim, 2 * c_out)
-        self.norm2 = nn.GroupNorm(8, c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.skip = nn.Conv2d(c_in, c_out, 1)
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.time = nn.Linear(64, 2 * channels)
+        self.norm2 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # at first, a block changes nothing
 
     def forward(self, x, emb):
-        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
-        scale, shift = self.time(emb)[:, :, None, None].chunk(2, 1)  # (B, c_out, 1, 1) each
-        return self.skip(x) + self.conv2(F.silu(h * (1 + scale) + shift))
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.time(emb)[:, :, None, None].chunk(2, 1)  # (B, C, 1, 1)
+        h = self.norm2(h) * (1 + scale) + shift
+        return x + self.conv2(F.silu(h))
 
 
 class UNet(nn.Module):
-    """ε_θ(x_t, t) for x_t (B, 1, 28, 28): down to 7x7 and up again, with skip connections."""
+    """ε_θ(x_t, t) for images x_t (B, 1, size, size), size divisible by 4.
 
-    def __init__(self, width=16):
+    In text 8.2.2 the network outputs x̂_{t-1}; here it outputs the noise, as in DDPM.
+    Convolutions see neighborhoods. One vector of the whole image lets its parts agree.
+    """
+
+    def __init__(self, size=28):
         super().__init__()
-        d = 8 * width
-        self.time = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
-        self.conv_in = nn.Conv2d(1, width, 3, padding=1)
-        self.down1 = ResidualBlock(width, width, d)
-        self.down2 = ResidualBlock(width, 2 * width, d)
-        self.middle1 = ResidualBlock(2 * width, 4 * width, d)
-        self.middle2 = ResidualBlock(4 * width, 2 * width, d)
-        self.up2 = ResidualBlock(4 * width, width, d)
-        self.up1 = ResidualBlock(2 * width, width, d)
-        self.norm = nn.GroupNorm(8, width)
-        self.conv_out = nn.Conv2d(width, 1, 3, padding=1)
+        pixels = 64 * (size // 4) ** 2  # numbers at the lowest resolution
+        self.conv_in = nn.Conv2d(1, 16, 3, padding=1)
+        self.down1 = ResidualBlock(16)
+        self.shrink1 = nn.Conv2d(16, 32, 2, stride=2)
+        self.down2 = ResidualBlock(32)
+        self.shrink2 = nn.Conv2d(32, 64, 2, stride=2)
+        self.middle1 = ResidualBlock(64)
+        self.gather = nn.Linear(pixels, 256)
+        self.time = nn.Linear(64, 256)
+        self.spread = nn.Linear(256, pixels)
+        self.middle2 = ResidualBlock(64)
+        self.grow2 = nn.ConvTranspose2d(64, 32, 2, stride=2)
+        self.up2 = ResidualBlock(32)
+        self.grow1 = nn.ConvTranspose2d(32, 16, 2, stride=2)
+        self.up1 = ResidualBlock(16)
+        self.norm = nn.GroupNorm(8, 16)
+        self.conv_out = nn.Conv2d(16, 1, 3, padding=1)
 
     def forward(self, x, t):
-        angles = t[:, None].to(x) * torch.logspace(0, -4, 32).to(x)  # frequencies
-        emb = self.time(torch.cat([angles.sin(), angles.cos()], 1))  # (B, 64) -> (B, 8C)
-        h1 = self.down1(self.conv_in(x), emb)  # (B, C, 28, 28), C = width
-        h2 = self.down2(F.avg_pool2d(h1, 2), emb)  # (B, 2C, 14, 14)
-        h = self.middle1(F.avg_pool2d(h2, 2), emb)  # (B, 4C, 7, 7)
-        h = F.interpolate(self.middle2(h, emb), scale_factor=2)  # (B, 2C, 14, 14)
-        h = self.up2(torch.cat([h, h2], 1), emb)  # (B, 4C, 14, 14) -> (B, C, 14, 14)
-        h = F.interpolate(h, scale_factor=2)  # (B, C, 28, 28)
-        h = self.up1(torch.cat([h, h1], 1), emb)  # (B, 2C, 28, 28) -> (B, C, 28, 28)
-        return self.conv_out(F.silu(self.norm(h)))  # (B, 1, 28, 28)
+        emb = timestep_embedding(t)
+        h1 = self.down1(self.conv_in(x), emb)                 # (B, 16, 28, 28)
+        h2 = self.down2(self.shrink1(h1), emb)                # (B, 32, 14, 14)
+        h = self.middle1(self.shrink2(h2), emb)               # (B, 64, 7, 7)
+        vector = self.gather(h.flatten(1)) + self.time(emb)   # (B, 256)
+        h = h + self.spread(F.silu(vector)).view_as(h)        # (B, 64, 7, 7)
+        h = self.middle2(h, emb)
+        h = self.up2(self.grow2(h) + h2, emb)                 # (B, 32, 14, 14)
+        h = self.up1(self.grow1(h) + h1, emb)                 # (B, 16, 28, 28)
+        return self.conv_out(F.silu(self.norm(h)))            # (B, 1, 28, 28)
 
 
 # ---- Training ------------------------------------------------------------------------
-def scale(images):
-    """uint8 (B, 28, 28) in 0..255 -> float (B, 1, 28, 28) in [-1, 1]."""
+def to_float(images):
+    """Turn uint8 images (B, H, W) into pixels in [-1, 1], (B, 1, H, W)."""
     if images.dtype != torch.uint8:
-        raise ValueError(f"expected uint8 images in 0..255, not {images.dtype}")
+        raise ValueError(f"expected a uint8 tensor, not {images.dtype}")
     return images[:, None].float() / 127.5 - 1
 
 
-def train(args, diffusion, model, images, history, snapshots):
-    """DDPM, Algorithm 1, on uint8 images (N, 28, 28); fills `history` and `snapshots` (samples)."""
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99))  # default 0.999
+def train(args, diffusion, model, images, history):
+    """Train with Algorithm 1 of DDPM on uint8 images (N, H, W); fill `history`."""
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)  # lr falls to 0
-    fixed_noise = torch.randn(10, 1, 28, 28).to(images.device)
-    losses, step = [], 0
-    began = time.time()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps + 1)
+    losses, began = [], time.time()
     for epoch in range(args.epochs):
-        for batch in torch.randperm(len(images)).split(args.batch_size):
-            x0 = scale(images[batch])
-            t = torch.randint(1, diffusion.T + 1, [len(x0)])
-            noise = torch.randn_like(x0)
-            x_t = diffusion.q_sample(x0, t, noise)
-            loss = (noise - model(x_t, t)).square().mean()  # L_simple (eq. 5.36; DDPM eq. 14)
+        shuffled = torch.randperm(len(images), device=images.device)
+        for batch in shuffled.split(args.batch_size):
+            x0 = to_float(images[batch])
+            t = torch.randint(1, diffusion.T + 1, [len(x0)], device=x0.device)
+            eps = torch.randn_like(x0)
+            x_t = diffusion.q_sample(x0, t, eps)
+            loss = (eps - model(x_t, t)).square().mean()  # L_simple (DDPM eq. 14; eq. 5.36)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            step += 1
-            losses.append(loss.item())
-            if step % math.ceil(steps / 20) == 0 or step == steps:
-                mean_loss = sum(losses) / len(losses)
-                losses = []
-                snapshots.append(diffusion.sample_ddim(model, fixed_noise, 25, eta=0))
-                history.append({"step": step, "loss": mean_loss})
-                progress(step, steps, began, {"loss": mean_loss})
+            losses.append(loss.detach())
+            progress(history, losses, steps, began)
+
+
+def progress(history, losses, steps, began):
+    """About 20 times a run, print the mean of the latest losses and the time left."""
+    step, every = len(losses), math.ceil(steps / 20)
+    if step % every == 0 or step == steps:
+        loss = torch.stack(losses[-every:]).mean().item()
+        left = (time.time() - began) * (steps / step - 1) / 60
+        print(f"step {step}/{steps}  loss {loss:.4f}  {left:.1f} min left", flush=True)
+        if not math.isfinite(loss):
+            raise SystemExit("The loss is not finite; try a lower --lr. Nothing is saved.")
+        history.append([step, loss])
+
+
+# ---- Second lesson: the bound (you can skip it) --------------------------------------
+# DDPM is derived from a bound (text 8.3; eq. 5.27; DDPM eq. 5):
+#     -log p_θ(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0, on average over q, with
+#     L_T = KL(q(x_T | x_0) ‖ N(0, I))                           does x_0 end in noise?
+#     L_{t-1} = KL(q(x_{t-1} | x_t, x_0) ‖ p_θ(x_{t-1} | x_t))   is the step right, t > 1?
+#     L_0 = -log p_θ(x_0 | x_1)                                  is each pixel right?
+# Each L_{t-1} is a weight times the error of the noise, plus a constant (ex. 5.4).
+# L_simple drops the weights (ex. 5.6), so that training cares less for the finest noise.
+@torch.no_grad()
+def bound_terms(diffusion, model, x0):
+    """Return L_0, ..., L_T (B, T + 1), from one x_t for each t, in bits/dim."""
+    terms = []
+    for step in range(1, diffusion.T + 1):
+        t = torch.full([len(x0)], step, device=x0.device)
+        x_t = diffusion.q_sample(x0, t, torch.randn_like(x0))
+        mean = diffusion.q_mean(diffusion.predict_x0(model, x_t, t), x_t, t)
+        variance = diffusion.variance[t]
+        if step == 1:
+            nats = -discretized_log_likelihood(x0, mean, variance.sqrt())
+        else:
+            true_mean = diffusion.q_mean(x0, x_t, t)
+            nats = gaussian_kl(true_mean, diffusion.beta_tilde[t], mean, variance)
+        terms.append(nats)
+    mean, variance = diffusion.signal[-1] * x0, diffusion.noise[-1] ** 2
+    terms.append(gaussian_kl(mean, variance, 0.0, 1.0))  # L_T
+    return torch.stack([nats.flatten(1).mean(1) for nats in terms], 1) / math.log(2)
+
+
+def gaussian_kl(mean1, variance1, mean2, variance2):
+    """KL(N(mean1, variance1) ‖ N(mean2, variance2)) of each pixel, in nats (ex. 5.4)."""
+    ratio = variance1 / variance2
+    return 0.5 * (ratio - 1 - ratio.log() + (mean1 - mean2) ** 2 / variance2)
+
+
+def discretized_log_likelihood(x0, mean, std):
+    """log of the mass of N(mean, std²) in the bin x0 ± 1/255 of each 8-bit pixel, in nats.
+
+    The bins of black and white are open to one side (ex. 5.5, eq. 5.34; DDPM eq. 13).
+    """
+    cdf = torch.special.ndtr  # Φ
+    above = torch.where(x0 > 0.999, 1.0, cdf((x0 + 1 / 255 - mean) / std))
+    below = torch.where(x0 < -0.999, 0.0, cdf((x0 - 1 / 255 - mean) / std))
+    return (above - below).clamp(min=1e-12).log()
+
+
+def dropped_weight(diffusion, t):
+    """The weight of ‖ε - ε_θ‖² in L_{t-1} (ex. 5.6; for t = 1, ex. 5.5)."""
+    beta, noise = diffusion.beta[t], diffusion.noise[t]
+    return beta**2 / (2 * diffusion.variance[t] * (1 - beta) * noise**2)
+
+
+# ---- Third lesson: other ways along the chain (you can skip it) ----------------------
+def q_step(diffusion, x, t, eps):
+    """Take one step of the forward process, from x_{t-1} to x_t (text 8.2.1)."""
+    beta = diffusion.beta[t]
+    return (1 - beta).sqrt() * x + beta.sqrt() * eps
+
+
+@torch.no_grad()
+def sample_ddim(diffusion, model, x, steps=50, eta=0.0):
+    """Sample in few steps: DDIM (Song, Meng, Ermon, arXiv:2010.02502; its α_t is our ᾱ_t).
+
+    With eta = 0 no noise is added; eta = 1 is Algorithm 2 with σ_t² = β̃_t, if steps = T.
+    """
+    T, signal, noise = diffusion.T, diffusion.signal, diffusion.noise
+    times = torch.linspace(T, 0, min(steps, T) + 1).round().int().tolist()
+    for t, s in zip(times, times[1:]):  # from x_t to x_s, s < t
+        x0 = diffusion.predict_x0(model, x, torch.full([len(x)], t, device=x.device))
+        eps = (x - signal[t] * x0) / noise[t]  # the noise in x_t if x̂_0 is the image
+        kept = signal[t] / signal[s]
+        sigma = eta * noise[s] / noise[t] * (1 - kept**2).sqrt()  # eq. 16
+        x = signal[s] * x0 + (noise[s] ** 2 - sigma**2).sqrt() * eps  # eq. 12
+        x = x + sigma * torch.randn_like(x)
+    return x
 
 
 # ---- Main and figures ----------------------------------------------------------------
 def main(argv=None):
     args = get_args(argv)
     began = time.time()
-    device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    os.makedirs(args.out, exist_ok=True)
     images, _, test_images, _, source = load_data(args)
-    diffusion = Diffusion(args.T)
-    model = UNet().to(device)
+    diffusion = Diffusion(args.T, args.device)
+    model = UNet().to(args.device)
     if args.load:
         load_weights(args, model)
-    history, snapshots = [], []
+    history = []
     try:
-        train(args, diffusion, model, images.to(device), history, snapshots)
+        train(args, diffusion, model, images, history)
     except KeyboardInterrupt:
-        print("Training stopped early; saving and evaluating the current model.")
+        print("Training stopped early; the model is evaluated as it is.")
     save_model(args, model)
-    bound = plot_bound(args, diffusion, model, scale(test_images[:16]).to(device))
-    results = {"bound in bits/dim (uniform model: 8)": bound}
-    plot_training(args, history, snapshots)
-    x_T = torch.randn(args.samples, 1, 28, 28).to(device)
-    plot_chain(args, diffusion, model, x_T[:5])
-    if args.ddim_steps:
-        samples = diffusion.sample_ddim(model, x_T, args.ddim_steps, eta=1.9)  # see Expect
-    else:
-        samples = diffusion.sample(model, x_T)
-    save_samples(args, samples)
-    print(json.dumps(results, indent=1))
-    save_metrics(args, results, history, source, began)
+    model.eval()
+    x0 = to_float(test_images[:16])
+    terms = bound_terms(diffusion, model, x0).mean(0)
+    results = {"bound in bits/dim (uniform model: 8)": terms.sum().item()}
+    x_T = torch.randn(args.samples, *x0.shape[1:], device=args.device)
+    samples = diffusion.sample(model, x_T)
+    pixels = (samples[:, 0].clamp(-1, 1) + 1) * 127.5
+    np.savez_compressed(f"{args.out}/samples.npz", images=pixels.round().byte().cpu())
+    save_metrics(
+        args, results=results, history=history, data=source, seconds=time.time() - began)
+    plot_bound(args, diffusion, terms)
+    plot_chain(args, diffusion, model, x0[:3], samples[:100])
 
 
-def plot_training(args, history, snapshots):
-    """Draws the loss, and every third entry of `snapshots`, latest first: all from the same x_T."""
-    if not history:
-        return
-    _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    axes[0].semilogy([row["step"] for row in history], [row["loss"] for row in history])
-    axes[0].set(xlabel="step", title="L_simple (predicting ε = 0 gives 1)")
-    show_grid(axes[1], (torch.cat(snapshots[::-3]) + 1) / 2, 10, "samples in training, last on top")
-    plt.savefig(f"{args.out}/training.png")
-
-
-def plot_bound(args, diffusion, model, x0):
-    """Draws the terms of the bound for x0 and the weights of ex. 5.6; returns it in bits/dim."""
-    terms = diffusion.vlb(model, x0)
+def plot_bound(args, diffusion, terms):
+    """Plot the terms of the bound and the weights that L_simple drops (ex. 5.6)."""
     t = torch.arange(1, diffusion.T + 1)
-    _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    axes[0].loglog(t, terms[:, :-1].mean(0).cpu())
-    axes[0].set(title="terms L_{t-1} against t, in bits/dim (ex. 5.4, 5.5)")
-    axes[1].semilogy(t, diffusion.dropped_weight(t))
-    axes[1].set(title="weight of (ε - ε_θ)² in L_{t-1} against t (ex. 5.6)")
+    weights = dropped_weight(diffusion, t).flatten()
+    _, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.loglog(t, weights.cpu(), label="weight of the noise error in L_{t-1} (ex. 5.6)")
+    axes.loglog(t, terms[:-1].cpu(), label="L_{t-1} in bits/dim (ex. 5.4)")
+    axes.set(xlabel="t", ylabel="weight; bits/dim", title="The bound, and what L_simple drops")
+    axes.legend()
     plt.savefig(f"{args.out}/bound.png")
-    return terms.sum(1).mean().item()
 
 
-def plot_chain(args, diffusion, model, x_T):
-    """Draws how Algorithm 2 turns noise into digits: x_t, with the estimate x̂_0 on its right."""
-    frames = []
-    diffusion.sample(model, x_T, frames)
-    frames = frames[:: diffusion.T // 10] + frames[-1:]
-    tiles = torch.cat([torch.cat([x_t, x0], 3) for _, x_t, x0 in frames])
-    _, axes = plt.subplots(figsize=(7, 7), layout="constrained")
-    show_grid(axes, (tiles + 1) / 2, len(x_T), "x_t (left) and the estimate x̂_0 (right)")
-    axes.set_yticks(range(15, 30 * len(frames), 30), [f"t = {t}" for t, _, _ in frames])
+@torch.no_grad()
+def plot_chain(args, diffusion, model, x0, samples):
+    """Plot images x0 that dissolve in noise, the way back from that noise, and samples."""
+    seen, columns, noise = [], [], torch.randn_like(x0)
+
+    def watched(x_t, t):  # the model, with a note of what it is shown
+        seen.append((x_t, t))
+        return model(x_t, t)
+
+    diffusion.sample(watched, noise)
+    for x_t, t in seen[:: diffusion.T // 10] + seen[-1:]:
+        x0_hat = diffusion.predict_x0(model, x_t, t)
+        columns.append(torch.cat([diffusion.q_sample(x0, t, noise), x_t, x0_hat]))
+    tiles = torch.stack(columns, 1).flatten(0, 1)
+    _, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    title = f"t = {diffusion.T}, ..., 1: x_t by q; x_t by p_θ; its x̂_0"
+    show_grid(axes[0], (tiles + 1) / 2, len(columns), title)
+    show_grid(axes[1], (samples + 1) / 2, 10, "samples")
     plt.savefig(f"{args.out}/chain.png")
 
 
-def save_samples(args, samples):
-    """Writes samples.npz, uint8 images (N, 28, 28), and a picture of the first hundred."""
-    pixels = ((samples[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-    np.savez_compressed(f"{args.out}/samples.npz", images=pixels)
-    _, axes = plt.subplots(figsize=(6, 6), layout="constrained")
-    show_grid(axes, (samples[:100] + 1) / 2, 10, "samples")
-    plt.savefig(f"{args.out}/samples.png")
-
-
-# ---- Plumbing: data and files, the same in every script ----------------------------
-MIRRORS = ["https://ossci-datasets.s3.amazonaws.com/mnist/",
-           "https://storage.googleapis.com/cvdf-datasets/mnist/"]
-MNIST = {  # file name: SHA-256 of its unzipped content
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
-
-
-def pick_device(name):
-    """Returns the name of the device to compute on; "auto" picks the first that works."""
-    for device in ["cuda", "mps", "cpu"] if name == "auto" else [name]:
-        try:
-            torch.zeros(1, device=device)
-            return device
-        except Exception:
-            pass
-    sys.exit(f"--device {name} is not available on this machine; use --device auto")
-
-
-def download(path):
-    """Downloads an MNIST file from the first mirror that delivers it."""
-    for mirror in MIRRORS:
-        print(f"downloading {mirror}{path.name}")
-        try:
-            content = urllib.request.urlopen(mirror + path.name, timeout=10).read()
-            if hashlib.sha256(gzip.decompress(content)).hexdigest() == MNIST[path.stem]:
-                os.makedirs(path.parent, exist_ok=True)
-                Path(f"{path}.part").write_bytes(content)
-                return Path(f"{path}.part").rename(path)  # so that no partial file has that name
-        except Exception as error:
-            print(error)
-
-
-def read_idx(path, may_download):
-    """Reads uint8 images (N, 28, 28) or labels (N,) from an IDX file, gzipped or not."""
-    if not path.exists():
-        path = Path(f"{path}.gz")
-    if may_download and not path.exists():
-        download(path)
-    content = path.read_bytes()
-    try:
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        shape = np.frombuffer(content, ">i4", content[3], 4)
-        array = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
-        return torch.tensor(array.reshape(shape))
-    except Exception as error:
-        sys.exit(f"cannot read {path}: {error}; delete or replace it")
-
-
-def load_data(args):
-    """Returns images uint8 (N, 28, 28) and labels (N,) to train and to test, and their source.
-
-    Without --data it reads MNIST from $MNIST_DIR or data/mnist, or downloads it, or draws digits.
-    """
-    source = args.data or os.environ.get("MNIST_DIR") or "data/mnist"
-    try:
-        data = [read_idx(Path(f"{source}/{name}"), not args.data) for name in MNIST]
-    except FileNotFoundError as error:
-        if args.data and args.data != "drawn":
-            sys.exit(f"--data needs the four MNIST files: {error}")
-        source = "drawn digits (not MNIST)"
-        data = [*draw_characters(args.train_size, 0), *draw_characters(2000, 1)]
-    print(f"data: {source}")
-    for images, labels in [data[:2], data[2:]]:
-        if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-            sys.exit(f"{source}: expected 28x28 images, each with a label from 0 to 9")
-    images, labels, test_images, test_labels = data
-    n = args.train_size
-    return images[:n], labels[:n].long(), test_images, test_labels.long(), source
-
-
-def draw_characters(count, seed, characters="0123456789"):
-    """Draws distorted characters of a font: uint8 (N, 28, 28), and their labels (N,)."""
-    points = np.mgrid[-6:22, 22:-6:-1].reshape(2, 784).T  # x and y of each pixel
-    inside = [TextPath((0, 0), c, size=22).contains_points(points) for c in characters]
-    glyphs = 255.0 * torch.tensor(np.stack(inside)).view(-1, 1, 28, 28).mT
-    random = torch.Generator().manual_seed(seed)
-    labels = torch.randint(len(characters), [count], generator=random)
-    affine = torch.eye(2, 3) + 0.15 * torch.randn(count, 2, 3, generator=random)
-    grid = F.affine_grid(affine, (count, 1, 28, 28), align_corners=False)
-    return F.grid_sample(glyphs[labels], grid, align_corners=False)[:, 0].byte(), labels
-
-
-def progress(step, steps, began, losses):
-    """Prints a progress line; stops the run if a loss is not finite."""
-    remaining = (time.time() - began) * (steps / step - 1)
-    values = [f"{name} {value:.4f}" for name, value in losses.items()]
-    print(f"step {step}/{steps}  {remaining / 60:.1f} min left ", *values, flush=True)
-    if not math.isfinite(sum(losses.values())):
-        sys.exit("The loss is not finite; try a lower --lr. No results have been written.")
-
-
 def show_grid(axes, images, columns, title):
-    """Shows images (N, C, H, W) in [0, 1], C = 1 or 3, as tiles of H + 2 by W + 2 pixels."""
-    images = F.pad(images.cpu().clamp(0, 1), [1] * 4, value=0.5)  # a gray frame
-    picture = torch.cat([torch.cat([*row], 2) for row in images.split(columns)], 1)
-    axes.imshow(picture.movedim(0, 2).expand(-1, -1, 3).numpy(), origin="upper")
+    """Show images (N, C, H, W) in [0, 1], C = 1 or 3, as tiles of H + 2 by W + 2 pixels."""
+    padding = [1, 1, 1, 1, 0, 0, 0, -len(images) % columns]  # a frame, and full rows
+    tiles = F.pad(images.cpu(), padding, value=0.5).movedim(1, 3)
+    rows = [np.hstack(row) for row in tiles.split(columns)]
+    axes.imshow(np.vstack(rows), "gray", vmin=0, vmax=1)
     axes.set(title=title, xticks=[], yticks=[])
 
 
-def load_weights(args, model):
-    """Loads the weights from --load; exits with torch's message if they do not fit."""
+# ---- Drawn digits, for where MNIST cannot be had, the same in every script -----------
+DIGITS = ("3c66666666663c001838181818183c003c66060c18307e003c66061c06663c00"  # 0 1 2 3
+          "3636367e060606007e607c0606663c001c30607c66663c007e060c0c18181800"  # 4 5 6 7
+          "3c66663c66663c003c66663e060c3800")  # 8 9: a byte for each of eight rows
+
+
+def draw_characters(count, font=DIGITS):
+    """Draw distorted characters: uint8 images (N, 28, 28) and labels (N,)."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(font), np.uint8))
+    glyphs = 255.0 * torch.tensor(bits).view(-1, 1, 8, 8)
+    labels = torch.randint(len(glyphs), [count])
+    affine = 1.4 * torch.eye(2, 3) + 0.2 * torch.randn(count, 2, 3)
+    grid = F.affine_grid(affine, [count, 1, 28, 28], False)
+    images = F.grid_sample(glyphs[labels], grid, align_corners=False)
+    return images[:, 0].byte(), labels
+
+
+# ---- Plumbing: settings, data and files, the same in every script --------------------
+MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+         "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+
+
+def get_args(argv=None):
+    """Turn SETTINGS into flags (batch_size: --batch-size); [] gives the defaults."""
+    parser = argparse.ArgumentParser()
+    for name, (default, meaning, *choices) in SETTINGS.items():
+        kind = {"type": type(default), "choices": choices or None}
+        if default is False:
+            kind = {"action": "store_true"}
+        flag = f"--{name.replace('_', '-')}"
+        meaning = f"{meaning} (default: {default})"
+        parser.add_argument(flag, default=default, help=meaning, **kind)
+    args = parser.parse_args(argv)
+    if args.quick:  # flags on the command line win over QUICK
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        zero = value == 0 != SETTINGS[name][0] and name != "epochs"
+        if zero or str(value).startswith("-"):
+            parser.error(f"{name} cannot be {value}")
+    return args
+
+
+def load_data(args):
+    """Return uint8 images (N, 28, 28) and labels (N,) to train and to test, and a name.
+
+    The four MNIST files are read from --data, $MNIST_DIR or data/mnist. Without --data,
+    missing files are downloaded, and where that fails, digits are drawn.
+    """
+    source = args.data or os.environ.get("MNIST_DIR") or "data/mnist"
     try:
-        checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
-        differ = sorted(checkpoint["settings"].items() - vars(args).items())
-        print(f"--load {args.load}: its settings that differ from this run's: {differ}")
-        model.load_state_dict(checkpoint["weights"])
+        data = [read_idx(Path(source, name), args.data) for name in MNIST]
     except Exception as error:
-        sys.exit(f"--load {args.load} cannot be used: {error}")
+        if args.data not in ["", "drawn"]:
+            raise SystemExit(f"cannot read --data {source}: {error}") from None
+        source = f"drawn digits, not MNIST ({args.data or error})"
+        data = [*draw_characters(args.train_size), *draw_characters(2000)]
+    print(f"data: {source}")
+    images, labels, *test = [tensor.to(args.device) for tensor in data]
+    return images[: args.train_size], labels[: args.train_size], *test, source
+
+
+def read_idx(path, own):
+    """Read an IDX file, gzipped or not, as a tensor; download MNIST's if it is missing."""
+    packed = Path(f"{path}.gz")
+    if not (own or path.exists() or packed.exists()):
+        print(f"downloading {MIRROR}{packed.name}")
+        response = urllib.request.urlopen(MIRROR + packed.name, timeout=10)
+        raw = gzip.decompress(response.read())
+        os.makedirs(path.parent, exist_ok=True)
+        path.write_bytes(raw)
+    raw = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+    shape = np.frombuffer(raw, ">i4", raw[3], 4)
+    array = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
+    return torch.tensor(array.reshape(shape))
 
 
 def save_model(args, model):
-    """Writes model.pt and removes the results of an earlier run from the folder."""
-    weights = model.state_dict()
-    if not all(weight.isfinite().all() for weight in weights.values()):
-        sys.exit("The weights are not finite. No file has been changed.")
-    for old in Path(args.out).iterdir():
-        if old.suffix in [".png", ".npz", ".json"]:
-            old.unlink()
-    torch.save({"settings": vars(args), "weights": weights}, f"{args.out}/model.pt")
+    """Write model.pt."""
+    os.makedirs(args.out, exist_ok=True)
+    saved = {"weights": model.state_dict(), "settings": vars(args)}
+    torch.save(saved, f"{args.out}/model.part")
+    os.replace(f"{args.out}/model.part", f"{args.out}/model.pt")
 
 
-def save_metrics(args, results, history, source, began):
-    """Writes metrics.json and says where the results are."""
-    seconds = time.time() - began
-    metrics = {"results": results, "settings": vars(args), "data": source, "history": history,
-               "seconds": seconds, "torch": torch.__version__}
-    Path(f"{args.out}/metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
-    print(f"{seconds / 60:.1f} minutes; data: {source}; results: {args.out}")
+def load_weights(args, model):
+    """Load the weights of --load."""
+    saved = torch.load(args.load, map_location="cpu", weights_only=True)
+    model.load_state_dict(saved.get("weights", saved))
+
+
+def save_metrics(args, **metrics):
+    """Print the results, and write all metrics to metrics.json."""
+    metrics.update(settings=vars(args), torch=torch.__version__)
+    Path(args.out, "metrics.json").write_text(json.dumps(metrics, indent=1))
+    print(json.dumps(metrics["results"], indent=1))
+    print(f"data: {metrics['data']}; results: {args.out}")
 
 
 if __name__ == "__main__":
-    main(None if "__file__" in globals() else [])  # in a notebook: the defaults
+    main([] if "kernel_launcher" in sys.argv[0] else None)  # in a notebook: the defaults

@@ -1,4 +1,4 @@
-"""What every script promises: it runs alone, says what is wrong, and loses nothing."""
+"""As test_scripts.py, for the scripts that have no table SETTINGS."""
 
 import ast
 import gzip
@@ -19,7 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import COPIES, OFFLINE, PLUMBING, SCRIPTS, load_script, run
+from conftest import COPIES, OFFLINE, SCRIPTS, WITH_TABLE, load_script, run
+
+PLUMBING = "# ---- Plumbing: data and files, the same in every script"
+SCRIPTS = [script for script in SCRIPTS if script not in WITH_TABLE]
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 first = load_script(SCRIPTS[0])  # the plumbing is one text, so one script is enough to test it

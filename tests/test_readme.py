@@ -132,7 +132,7 @@ def test_three_suggestions_work_with_the_flags_and_names_that_are_there(script):
     tries = re.split(r"\b(?:easy|medium|harder): ", code.__doc__.split("\nTry ")[1])[1:]
     assert len(tries) == 3
     for words in (" ".join(some.split()) for some in tries):
-        flags = re.findall(r"(--[a-z-]+)((?: (?!--)[\w./]+| \"[^\"]+\")?)", words)
+        flags = re.findall(r"(--[A-Za-z-]+)((?: (?!--)[\w./]+| \"[^\"]+\")?)", words)
         for flag, value in flags:
             load = ["--load", "x"] if flag == "--epochs" else []
             parse(script.name, [flag, *shlex.split(value.rstrip(".,")), *load])
