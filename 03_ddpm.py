@@ -2,19 +2,19 @@
 
     x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε,  ε ~ N(0, I)        add noise             q_sample
     L_simple = mean of (ε - ε_θ(x_t, t))²             find the noise        train
-    x̂_0 = (x_t - √(1-ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t        the image behind it   predict_x0
+    x̂_0 = (x_t - √(1-ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t       the image behind it   predict_x0
     x_{t-1} = μ̃_t(x̂_0, x_t) + σ_t z,  z ~ N(0, I)    a step towards it     sample
 
-In T = 1000 small steps, an image x_0 dissolves in noise: ᾱ_t falls from 1 to 0. All that
-the network ε_θ learns is to tell the noise in x_t from the image. That is enough to go
+In T = 1000 small steps, an image x_0 dissolves in noise: ᾱ_t falls from 1 to 0. The
+network ε_θ only learns to tell the noise in x_t from the image. That is enough to go
 back: guess the image, take a small step towards it, add a little fresh noise, repeat.
 
     python 03_ddpm.py            9 minutes on two CPU cores
-    python 03_ddpm.py --quick    a smoke test of seconds; its samples are noise
+    python 03_ddpm.py --quick    a smoke test; its samples are noise
 
 Expect  L_simple falls from 1 to 0.02. In chain.png, noise becomes digits.
 Read    `Diffusion` and `train` first: they are all of DDPM. The bound and DDIM are
-        lessons of their own and can wait.
+        lessons of their own.
 Try     easy: --T 100, then --T 25. How many steps does a clear digit need?
         medium: the cosine schedule (arXiv:2102.09672, eq. 17), in `Diffusion`.
         harder: tell `UNet` the digit: embed the label and add it to `emb`.
@@ -66,8 +66,8 @@ class Diffusion:
 
     def __init__(self, T=1000, device="cpu"):
         if T <= 20:
-            raise ValueError("T must be above 20, since the last β, 20 / T, must be below 1")
-        beta = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)  # DDPM, section 4
+            raise ValueError("T must be above 20, so that β_T = 20 / T is below 1")
+        beta = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)  # section 4
         beta = F.pad(beta, (1, 0)).view(-1, 1, 1, 1)  # β_0 = 0, so that beta[t] is β_t
         bar = torch.cumprod(1 - beta, 0)  # ᾱ_t = (1 - β_1) ... (1 - β_t), and ᾱ_0 = 1
         before = bar.roll(1, 0)  # ᾱ_{t-1}
@@ -76,7 +76,7 @@ class Diffusion:
         self.noise = (1 - bar).sqrt()
         self.from_x0 = before.sqrt() * beta / (1 - bar)  # μ̃_t = from_x0 x_0
         self.from_xt = (1 - beta).sqrt() * (1 - before) / (1 - bar)  # + from_xt x_t
-        self.beta_tilde = beta * (1 - before) / (1 - bar)  # β̃_t, the variance around μ̃_t
+        self.beta_tilde = beta * (1 - before) / (1 - bar)  # β̃_t, variance around μ̃_t
         self.variance = beta  # σ_t² of p_θ; the paper's other choice is beta_tilde
         for name, table in vars(self).items():
             setattr(self, name, table.float().to(device))
@@ -112,7 +112,7 @@ class Diffusion:
 
 
 def timestep_embedding(t):
-    """Turn times t (B,) into sines and cosines at 32 frequencies, 1 to 1e-4: (B, 64)."""
+    """Turn times t (B,) into sines and cosines at 32 frequencies: (B, 64)."""
     angles = t[:, None] / torch.logspace(0, 4, 32, device=t.device)
     return torch.cat([angles.sin(), angles.cos()], 1)
 
@@ -198,7 +198,7 @@ def train(args, diffusion, model, images, history):
             t = torch.randint(1, diffusion.T + 1, [len(x0)], device=x0.device)
             eps = torch.randn_like(x0)
             x_t = diffusion.q_sample(x0, t, eps)
-            loss = (eps - model(x_t, t)).square().mean()  # L_simple (DDPM eq. 14; eq. 5.36)
+            loss = (eps - model(x_t, t)).square().mean()  # L_simple (eq. 5.36; eq. 14)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -215,18 +215,18 @@ def progress(history, losses, steps, began):
         left = (time.time() - began) * (steps / step - 1) / 60
         print(f"step {step}/{steps}  loss {loss:.4f}  {left:.1f} min left", flush=True)
         if not math.isfinite(loss):
-            raise SystemExit("The loss is not finite; try a lower --lr. Nothing is saved.")
+            raise SystemExit("The loss is not finite; try a lower --lr. Nothing saved.")
         history.append([step, loss])
 
 
 # ---- Second lesson: the bound (you can skip it) --------------------------------------
 # DDPM is derived from a bound (text 8.3; eq. 5.27; DDPM eq. 5):
 #     -log p_θ(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0, on average over q, with
-#     L_T = KL(q(x_T | x_0) ‖ N(0, I))                           does x_0 end in noise?
-#     L_{t-1} = KL(q(x_{t-1} | x_t, x_0) ‖ p_θ(x_{t-1} | x_t))   is the step right, t > 1?
-#     L_0 = -log p_θ(x_0 | x_1)                                  is each pixel right?
+#     L_T = KL(q(x_T | x_0) ‖ N(0, I))                          does x_0 end in noise?
+#     L_{t-1} = KL(q(x_{t-1} | x_t, x_0) ‖ p_θ(x_{t-1} | x_t))  is step t > 1 right?
+#     L_0 = -log p_θ(x_0 | x_1)                                 is each pixel right?
 # Each L_{t-1} is a weight times the error of the noise, plus a constant (ex. 5.4).
-# L_simple drops the weights (ex. 5.6), so that training cares less for the finest noise.
+# L_simple drops the weights (ex. 5.6), so that the finest noise counts for less.
 @torch.no_grad()
 def bound_terms(diffusion, model, x0):
     """Return L_0, ..., L_T (B, T + 1), from one x_t for each t, in bits/dim."""
@@ -248,13 +248,13 @@ def bound_terms(diffusion, model, x0):
 
 
 def gaussian_kl(mean1, variance1, mean2, variance2):
-    """KL(N(mean1, variance1) ‖ N(mean2, variance2)) of each pixel, in nats (ex. 5.4)."""
+    """KL(N(mean1, variance1) ‖ N(mean2, variance2)) of each pixel in nats (ex. 5.4)."""
     ratio = variance1 / variance2
     return 0.5 * (ratio - 1 - ratio.log() + (mean1 - mean2) ** 2 / variance2)
 
 
 def discretized_log_likelihood(x0, mean, std):
-    """log of the mass of N(mean, std²) in the bin x0 ± 1/255 of each 8-bit pixel, in nats.
+    """Return log P(bin x0 ± 1/255) of each 8-bit pixel under N(mean, std²), in nats.
 
     The bins of black and white are open to one side (ex. 5.5, eq. 5.34; DDPM eq. 13).
     """
@@ -279,9 +279,10 @@ def q_step(diffusion, x, t, eps):
 
 @torch.no_grad()
 def sample_ddim(diffusion, model, x, steps=50, eta=0.0):
-    """Sample in few steps: DDIM (Song, Meng, Ermon, arXiv:2010.02502; its α_t is our ᾱ_t).
+    """Sample in few steps: DDIM (Song, Meng, Ermon, arXiv:2010.02502).
 
-    With eta = 0 no noise is added; eta = 1 is Algorithm 2 with σ_t² = β̃_t, if steps = T.
+    Its α_t is our ᾱ_t. With eta = 0 no noise is added on the way; with eta = 1 and
+    steps = T it is Algorithm 2 with σ_t² = β̃_t.
     """
     T, signal, noise = diffusion.T, diffusion.signal, diffusion.noise
     times = torch.linspace(T, 0, min(steps, T) + 1).round().int().tolist()
@@ -319,8 +320,8 @@ def main(argv=None):
     samples = diffusion.sample(model, x_T)
     pixels = (samples[:, 0].clamp(-1, 1) + 1) * 127.5
     np.savez_compressed(f"{args.out}/samples.npz", images=pixels.round().byte().cpu())
-    save_metrics(
-        args, results=results, history=history, data=source, seconds=time.time() - began)
+    seconds = time.time() - began
+    save_metrics(args, results=results, history=history, data=source, seconds=seconds)
     plot_bound(args, diffusion, terms)
     plot_chain(args, diffusion, model, x0[:3], samples[:100])
 
@@ -330,16 +331,16 @@ def plot_bound(args, diffusion, terms):
     t = torch.arange(1, diffusion.T + 1)
     weights = dropped_weight(diffusion, t).flatten()
     _, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.loglog(t, weights.cpu(), label="weight of the noise error in L_{t-1} (ex. 5.6)")
+    axes.loglog(t, weights.cpu(), label="weight of the noise error (ex. 5.6)")
     axes.loglog(t, terms[:-1].cpu(), label="L_{t-1} in bits/dim (ex. 5.4)")
-    axes.set(xlabel="t", ylabel="weight; bits/dim", title="The bound, and what L_simple drops")
+    axes.set(xlabel="t", ylabel="bits/dim; weight", title="What L_simple leaves out")
     axes.legend()
     plt.savefig(f"{args.out}/bound.png")
 
 
 @torch.no_grad()
 def plot_chain(args, diffusion, model, x0, samples):
-    """Plot images x0 that dissolve in noise, the way back from that noise, and samples."""
+    """Plot images x0 dissolving in noise, the way back from that noise, and samples."""
     seen, columns, noise = [], [], torch.randn_like(x0)
 
     def watched(x_t, t):  # the model, with a note of what it is shown
@@ -359,7 +360,7 @@ def plot_chain(args, diffusion, model, x0, samples):
 
 
 def show_grid(axes, images, columns, title):
-    """Show images (N, C, H, W) in [0, 1], C = 1 or 3, as tiles of H + 2 by W + 2 pixels."""
+    """Show images (N, C, H, W) in [0, 1], C = 1 or 3, as framed tiles."""
     padding = [1, 1, 1, 1, 0, 0, 0, -len(images) % columns]  # a frame, and full rows
     tiles = F.pad(images.cpu(), padding, value=0.5).movedim(1, 3)
     rows = [np.hstack(row) for row in tiles.split(columns)]
@@ -431,7 +432,7 @@ def load_data(args):
 
 
 def read_idx(path, own):
-    """Read an IDX file, gzipped or not, as a tensor; download MNIST's if it is missing."""
+    """Read an IDX file, gzipped or not, as a tensor; download it if it is missing."""
     packed = Path(f"{path}.gz")
     if not (own or path.exists() or packed.exists()):
         print(f"downloading {MIRROR}{packed.name}")
@@ -468,4 +469,4 @@ def save_metrics(args, **metrics):
 
 
 if __name__ == "__main__":
-    main([] if "kernel_launcher" in sys.argv[0] else None)  # in a notebook: the defaults
+    main([] if "kernel_launcher" in sys.argv[0] else None)  # notebook: the defaults

@@ -34,15 +34,16 @@ def load_script(path):
 OFFLINE = {**{k: v for k, v in os.environ.items()
               if k not in ("MNIST_DIR", "DISPLAY", "MPLBACKEND")},
            "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "",
-           "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+           "OMP_NUM_THREADS": "1"}
 FOLDER = Path(tempfile.mkdtemp())
 COPIES = {}  # script: the future of its process
 
 
 def run(script, *flags, cwd):
-    """One script in a process of its own: no screen, network or real data, and ASCII output."""
-    return subprocess.run([sys.executable, str(script), *flags], cwd=cwd, env=OFFLINE, text=True,
-                          stdin=subprocess.DEVNULL, capture_output=True, timeout=240)
+    """One script in a process of its own, without screen, network and real data."""
+    plain = {"PYTHONIOENCODING": "ascii"} if script.name in [s.name for s in WITH_TABLE] else {}
+    return subprocess.run([sys.executable, str(script), *flags], cwd=cwd, env=OFFLINE | plain,
+                          text=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=240)
 
 
 def run_copy(script):
