@@ -9,10 +9,10 @@ In T = 1000 small steps, an image x_0 dissolves in noise: ᾱ_t falls from 1 to 
 network ε_θ only learns to tell the noise in x_t from the image. That is enough to go
 back: guess the image, take a small step towards it, add a little fresh noise, repeat.
 
-    python 03_ddpm.py            about 9 minutes on two CPU cores
+    python 03_ddpm.py            ten minutes on two CPU cores
     python 03_ddpm.py --quick    a smoke test; its samples are noise
 
-Expect  L_simple falls from 1 to 0.025 in two epochs. In chain.png, noise becomes digits.
+Expect  L_simple below 0.025. In chain.png, noise becomes digits.
 Read    `Diffusion` and `train` first: they are all of DDPM. The bound and DDIM are
         lessons of their own.
 Try     easy: --T 100, then --T 25. How many steps does a clear digit need?
