@@ -61,7 +61,8 @@ class Diffusion:
     """The chain x_0, x_1, ..., x_T: q adds noise, p_θ removes it (text 8.2, 8.4).
 
     Every table has an entry for each t = 0..T. Images x (B, C, H, W) have pixels in
-    [-1, 1], t (B,) is in 1..T, and model(x_t, t) estimates the noise ε in x_t.
+    [-1, 1]; t is a number in 1..T, or one for each image (B,). model(x_t, t) estimates
+    the noise ε in x_t.
     """
 
     def __init__(self, T=1000, device="cpu"):
@@ -98,11 +99,10 @@ class Diffusion:
     @torch.no_grad()
     def sample(self, model, x):
         """Turn pure noise x_T into images x_0 (DDPM, Algorithm 2; text 8.2.2)."""
-        for step in range(self.T, 0, -1):
-            t = torch.full([len(x)], step, device=x.device)
+        for t in range(self.T, 0, -1):
             x0 = self.predict_x0(model, x, t)  # guess the image
             x = self.q_mean(x0, x, t)  # take a small step towards it
-            if step > 1:
+            if t > 1:
                 z = torch.randn_like(x)
                 x = x + self.variance[t].sqrt() * z  # add a little fresh noise
         return x
@@ -113,8 +113,17 @@ class Diffusion:
 
 def timestep_embedding(t):
     """Turn times t (B,) into sines and cosines at 32 frequencies: (B, 64)."""
-    angles = t[:, None] / torch.logspace(0, 4, 32, device=t.device)
+    angles = t.view(-1, 1) / torch.logspace(0, 4, 32, device=t.device)
     return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def normed_conv(c_in, c_out):
+    """Normalize, SiLU, convolution: (B, c_in, H, W) -> (B, c_out, H, W)."""
+    return nn.Sequential(
+        nn.GroupNorm(8, c_in),
+        nn.SiLU(),
+        nn.Conv2d(c_in, c_out, 3, padding=1),
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -122,18 +131,14 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.time = nn.Linear(64, 2 * channels)
-        self.norm2 = nn.GroupNorm(8, channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # at first, a block changes nothing
+        self.conv1 = normed_conv(channels, channels)
+        self.time = nn.Linear(64, channels)
+        self.conv2 = normed_conv(channels, channels)
+        nn.init.zeros_(self.conv2[-1].weight)  # at first, a block changes nothing
 
     def forward(self, x, emb):
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.time(emb)[:, :, None, None].chunk(2, 1)  # (B, C, 1, 1)
-        h = self.norm2(h) * (1 + scale) + shift
-        return x + self.conv2(F.silu(h))
+        h = self.conv1(x) + self.time(emb)[:, :, None, None]  # (B, C, H, W)
+        return x + self.conv2(h)
 
 
 class UNet(nn.Module):
@@ -160,11 +165,10 @@ class UNet(nn.Module):
         self.up2 = ResidualBlock(32)
         self.grow1 = nn.ConvTranspose2d(32, 16, 2, stride=2)
         self.up1 = ResidualBlock(16)
-        self.norm = nn.GroupNorm(8, 16)
-        self.conv_out = nn.Conv2d(16, 1, 3, padding=1)
+        self.conv_out = normed_conv(16, 1)
 
     def forward(self, x, t):
-        emb = timestep_embedding(t)
+        emb = timestep_embedding(torch.as_tensor(t, device=x.device))
         h1 = self.down1(self.conv_in(x), emb)                 # (B, 16, 28, 28)
         h2 = self.down2(self.shrink1(h1), emb)                # (B, 32, 14, 14)
         h = self.middle1(self.shrink2(h2), emb)               # (B, 64, 7, 7)
@@ -173,14 +177,13 @@ class UNet(nn.Module):
         h = self.middle2(h, emb)
         h = self.up2(self.grow2(h) + h2, emb)                 # (B, 32, 14, 14)
         h = self.up1(self.grow1(h) + h1, emb)                 # (B, 16, 28, 28)
-        return self.conv_out(F.silu(self.norm(h)))            # (B, 1, 28, 28)
+        return self.conv_out(h)                               # (B, 1, 28, 28)
 
 
 # ---- Training ------------------------------------------------------------------------
 def to_float(images):
     """Turn uint8 images (B, H, W) into pixels in [-1, 1], (B, 1, H, W)."""
-    if images.dtype != torch.uint8:
-        raise ValueError(f"expected a uint8 tensor, not {images.dtype}")
+    assert images.dtype == torch.uint8, "expected a uint8 tensor, pixels in 0..255"
     return images[:, None].float() / 127.5 - 1
 
 
@@ -208,15 +211,15 @@ def train(args, diffusion, model, images, history):
 
 
 def progress(history, losses, steps, began):
-    """About 20 times a run, print the mean of the latest losses and the time left."""
+    """Some 20 times a run, print and note the mean of the latest losses."""
     step, every = len(losses), math.ceil(steps / 20)
-    if step % every == 0 or step == steps:
+    if step % every == 0:
         loss = torch.stack(losses[-every:]).mean().item()
-        left = (time.time() - began) * (steps / step - 1) / 60
-        print(f"step {step}/{steps}  loss {loss:.4f}  {left:.1f} min left", flush=True)
+        seconds = time.time() - began
+        print(f"step {step}/{steps}  loss {loss:.4f}  {seconds:.0f} s", flush=True)
         if not math.isfinite(loss):
             raise SystemExit("The loss is not finite; try a lower --lr. Nothing saved.")
-        history.append([step, loss])
+        history.append([step, loss, seconds])
 
 
 # ---- Second lesson: the bound (you can skip it) --------------------------------------
@@ -231,12 +234,11 @@ def progress(history, losses, steps, began):
 def bound_terms(diffusion, model, x0):
     """Return L_0, ..., L_T (B, T + 1), from one x_t for each t, in bits/dim."""
     terms = []
-    for step in range(1, diffusion.T + 1):
-        t = torch.full([len(x0)], step, device=x0.device)
+    for t in range(1, diffusion.T + 1):
         x_t = diffusion.q_sample(x0, t, torch.randn_like(x0))
         mean = diffusion.q_mean(diffusion.predict_x0(model, x_t, t), x_t, t)
         variance = diffusion.variance[t]
-        if step == 1:
+        if t == 1:
             nats = -discretized_log_likelihood(x0, mean, variance.sqrt())
         else:
             true_mean = diffusion.q_mean(x0, x_t, t)
@@ -244,7 +246,7 @@ def bound_terms(diffusion, model, x0):
         terms.append(nats)
     mean, variance = diffusion.signal[-1] * x0, diffusion.noise[-1] ** 2
     terms.append(gaussian_kl(mean, variance, 0.0, 1.0))  # L_T
-    return torch.stack([nats.flatten(1).mean(1) for nats in terms], 1) / math.log(2)
+    return torch.stack(terms, 1).mean((2, 3, 4)) / math.log(2)
 
 
 def gaussian_kl(mean1, variance1, mean2, variance2):
@@ -284,10 +286,10 @@ def sample_ddim(diffusion, model, x, steps=50, eta=0.0):
     Its α_t is our ᾱ_t. With eta = 0 no noise is added on the way; with eta = 1 and
     steps = T it is Algorithm 2 with σ_t² = β̃_t.
     """
-    T, signal, noise = diffusion.T, diffusion.signal, diffusion.noise
-    times = torch.linspace(T, 0, min(steps, T) + 1).round().int().tolist()
+    signal, noise = diffusion.signal, diffusion.noise
+    times = torch.linspace(diffusion.T, 0, steps + 1).int().tolist()
     for t, s in zip(times, times[1:]):  # from x_t to x_s, s < t
-        x0 = diffusion.predict_x0(model, x, torch.full([len(x)], t, device=x.device))
+        x0 = diffusion.predict_x0(model, x, t)
         eps = (x - signal[t] * x0) / noise[t]  # the noise in x_t if x̂_0 is the image
         kept = signal[t] / signal[s]
         sigma = eta * noise[s] / noise[t] * (1 - kept**2).sqrt()  # eq. 16
@@ -299,13 +301,11 @@ def sample_ddim(diffusion, model, x, steps=50, eta=0.0):
 # ---- Main and figures ----------------------------------------------------------------
 def main(argv=None):
     args = get_args(argv)
-    began = time.time()
     torch.manual_seed(args.seed)
     images, _, test_images, _, source = load_data(args)
     diffusion = Diffusion(args.T, args.device)
     model = UNet().to(args.device)
-    if args.load:
-        load_weights(args, model)
+    load_weights(args, model)
     history = []
     try:
         train(args, diffusion, model, images, history)
@@ -320,8 +320,7 @@ def main(argv=None):
     samples = diffusion.sample(model, x_T)
     pixels = (samples[:, 0].clamp(-1, 1) + 1) * 127.5
     np.savez_compressed(f"{args.out}/samples.npz", images=pixels.round().byte().cpu())
-    seconds = time.time() - began
-    save_metrics(args, results=results, history=history, data=source, seconds=seconds)
+    save_metrics(args, results=results, history=history, data=source)
     plot_bound(args, diffusion, terms)
     plot_chain(args, diffusion, model, x0[:3], samples[:100])
 
@@ -330,18 +329,21 @@ def plot_bound(args, diffusion, terms):
     """Plot the terms of the bound and the weights that L_simple drops (ex. 5.6)."""
     t = torch.arange(1, diffusion.T + 1)
     weights = dropped_weight(diffusion, t).flatten()
-    _, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.loglog(t, weights.cpu(), label="weight of the noise error (ex. 5.6)")
-    axes.loglog(t, terms[:-1].cpu(), label="L_{t-1} in bits/dim (ex. 5.4)")
-    axes.set(xlabel="t", ylabel="bits/dim; weight", title="What L_simple leaves out")
-    axes.legend()
+    plt.figure(figsize=(7, 4))
+    plt.loglog(t, weights.cpu(), label="weight of the noise error (ex. 5.6)")
+    plt.loglog(t, terms[:-1].cpu(), label="L_{t-1} in bits/dim (ex. 5.4)")
+    plt.title("What L_simple leaves out")
+    plt.xlabel("t")
+    plt.ylabel("weight; bits/dim")
+    plt.legend()
     plt.savefig(f"{args.out}/bound.png")
 
 
 @torch.no_grad()
 def plot_chain(args, diffusion, model, x0, samples):
     """Plot images x0 dissolving in noise, the way back from that noise, and samples."""
-    seen, columns, noise = [], [], torch.randn_like(x0)
+    noise = torch.randn_like(x0)
+    seen, columns = [], []
 
     def watched(x_t, t):  # the model, with a note of what it is shown
         seen.append((x_t, t))
@@ -352,20 +354,23 @@ def plot_chain(args, diffusion, model, x0, samples):
         x0_hat = diffusion.predict_x0(model, x_t, t)
         columns.append(torch.cat([diffusion.q_sample(x0, t, noise), x_t, x0_hat]))
     tiles = torch.stack(columns, 1).flatten(0, 1)
-    _, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    plt.figure(figsize=(13, 6), layout="constrained")
+    plt.subplot(1, 2, 1)
     title = f"t = {diffusion.T}, ..., 1: x_t by q; x_t by p_θ; its x̂_0"
-    show_grid(axes[0], (tiles + 1) / 2, len(columns), title)
-    show_grid(axes[1], (samples + 1) / 2, 10, "samples")
+    show_grid((tiles + 1) / 2, len(columns), title)
+    plt.subplot(1, 2, 2)
+    show_grid((samples + 1) / 2, 10, "samples")
     plt.savefig(f"{args.out}/chain.png")
 
 
-def show_grid(axes, images, columns, title):
+def show_grid(images, columns, title):
     """Show images (N, C, H, W) in [0, 1], C = 1 or 3, as framed tiles."""
     padding = [1, 1, 1, 1, 0, 0, 0, -len(images) % columns]  # a frame, and full rows
     tiles = F.pad(images.cpu(), padding, value=0.5).movedim(1, 3)
     rows = [np.hstack(row) for row in tiles.split(columns)]
-    axes.imshow(np.vstack(rows), "gray", vmin=0, vmax=1)
-    axes.set(title=title, xticks=[], yticks=[])
+    plt.imshow(np.vstack(rows), "gray", vmin=0, vmax=1)
+    plt.title(title)
+    plt.axis("off")
 
 
 # ---- Drawn digits, for where MNIST cannot be had, the same in every script -----------
@@ -386,7 +391,6 @@ def draw_characters(count, font=DIGITS):
 
 
 # ---- Plumbing: settings, data and files, the same in every script --------------------
-MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 MNIST = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
          "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 
@@ -434,13 +438,16 @@ def load_data(args):
 def read_idx(path, own):
     """Read an IDX file, gzipped or not, as a tensor; download it if it is missing."""
     packed = Path(f"{path}.gz")
-    if not (own or path.exists() or packed.exists()):
-        print(f"downloading {MIRROR}{packed.name}")
-        response = urllib.request.urlopen(MIRROR + packed.name, timeout=10)
-        raw = gzip.decompress(response.read())
+    if path.exists():
+        raw = path.read_bytes()
+    elif own or packed.exists():
+        raw = gzip.decompress(packed.read_bytes())
+    else:
+        url = f"https://ossci-datasets.s3.amazonaws.com/mnist/{packed.name}"
+        print(f"downloading {url}")
+        raw = gzip.decompress(urllib.request.urlopen(url, timeout=10).read())
         os.makedirs(path.parent, exist_ok=True)
         path.write_bytes(raw)
-    raw = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
     shape = np.frombuffer(raw, ">i4", raw[3], 4)
     array = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
     return torch.tensor(array.reshape(shape))
@@ -449,15 +456,16 @@ def read_idx(path, own):
 def save_model(args, model):
     """Write model.pt."""
     os.makedirs(args.out, exist_ok=True)
-    saved = {"weights": model.state_dict(), "settings": vars(args)}
-    torch.save(saved, f"{args.out}/model.part")
-    os.replace(f"{args.out}/model.part", f"{args.out}/model.pt")
+    part = f"{args.out}/model.part"
+    torch.save({"weights": model.state_dict(), "settings": vars(args)}, part)
+    os.replace(part, f"{args.out}/model.pt")
 
 
 def load_weights(args, model):
-    """Load the weights of --load."""
-    saved = torch.load(args.load, map_location="cpu", weights_only=True)
-    model.load_state_dict(saved.get("weights", saved))
+    """Load the weights of --load, if it is given."""
+    if args.load:
+        saved = torch.load(args.load, map_location="cpu", weights_only=True)
+        model.load_state_dict(saved.get("weights", saved))
 
 
 def save_metrics(args, **metrics):
