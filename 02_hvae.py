@@ -4,22 +4,23 @@
     q(z1, z2 | x) = q(z1 | x) q(z2 | z1)                           encoder1, encoder2
     log p(x) >= ELBO = J1 + J2 + J3, on average over q, with       elbo
     J1 = log p(x | z1)                                             x comes back
-    J2 = -KL(q(z2 | z1) ‖ p(z2))                                   - cost of level 2
-    J3 = log p(z1 | z2) - log q(z1 | x)                            - cost of level 1
+    J2 = -KL(q(z2 | z1) ‖ p(z2))                                   minus cost of level 2
+    J3 = log p(z1 | z2) - log q(z1 | x)                            minus cost of level 1
 
-A second level gives z1 a prior that is learned: z2 says which z1 are likely. It is the
-first step from a VAE to diffusion, which has T levels. As the text prints it, z2 is
-switched off; the second lesson says why. (The ELBO is the log of a density of pixels
-in [0, 1] and can be positive; bits/dim: -ELBO / (784 ln 2) + log2 255.)
+A second level gives z1 a learned prior: z2 says which z1 are likely. Diffusion has T
+levels. In the text's code, z2 is switched off; the second lesson says why. (The ELBO
+bounds the log of a density of pixels in [0, 1], so it can be positive; bits/dim:
+-ELBO / (784 ln 2) + log2 255.)
 
     python 02_hvae.py            two minutes on two CPU cores
     python 02_hvae.py --quick    a smoke test
 
-Expect  Repaired: ELBO +802 nats, level 2 costs 9. As in the text: 0. See levels.png.
+Expect  ELBO +802 nats, of which level 2 costs 9; one level: +780. In the text's model
+        level 2 costs 0. See levels.png.
 Read    `TwoLevelVAE` first.
-Try     easy: --faults: each fault alone.
+Try     easy: --faults: one at a time.
         medium: --latent-dim 5. What does each level cost?
-        harder: a third level, like `encoder2` and `decoder2`.
+        harder: add a third level. Which J needs care?
 Text    拡散モデルの理論, appendix C, after the book ゼロから作るDeep Learning 5
 """
 
@@ -33,7 +34,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads soon free their cores
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads yield their cores
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -45,26 +46,26 @@ SETTINGS = {
     "batch_size": (128, "images per step"),
     "lr": (4e-3, "highest learning rate"),
     "latent_dim": (20, "numbers in z1 and in z2"),
-    "faults": (False, "train five models: also one with each fault alone"),
+    "faults": (False, "train five models: also two with a single fault"),
     "train_size": (60000, "how many training images to use"),
     "data": ("", "folder of the four MNIST files, or drawn: digits of a font"),
     "out": ("out/02_hvae", "folder of the results"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or mps"),
     "seed": (0, "the same seed gives the same numbers on one machine"),
     "load": ("", "a model.pt to start from; --epochs 0 only evaluates it"),
-    "quick": (False, "a smoke test of seconds; its results are about chance"),
+    "quick": (False, "a smoke test of seconds; its results mean little"),
 }
 QUICK = {"epochs": 5, "train_size": 512}
 
 
 # ---- Lesson one: two levels ----------------------------------------------------------
 def gaussian_log_density(x, mu, logvar):
-    """Return log N(x; μ, σ²) of each element, in nats."""
+    """Return log N(x; μ, σ²) per element, in nats."""
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 / logvar.exp())
 
 
 def gaussian_kl(mu1, logvar1, mu2, logvar2):
-    """Return KL(N(μ1, σ1²) ‖ N(μ2, σ2²)) of each element, in nats (text C.3)."""
+    """Return KL(N(μ1, σ1²) ‖ N(μ2, σ2²)) per element, in nats (text C.3)."""
     log_ratio = logvar1 - logvar2
     return 0.5 * (log_ratio.exp() - 1 - log_ratio + (mu1 - mu2) ** 2 / logvar2.exp())
 
@@ -88,7 +89,7 @@ def gaussian(parameters):
 
 
 def sampled_J3(z1, q1, p1):
-    """Return log p(z1 | z2) - log q(z1 | x) of each element of the drawn z1."""
+    """Return log p(z1 | z2) - log q(z1 | x) at the z1 that was drawn, per element."""
     return gaussian_log_density(z1, *p1) - gaussian_log_density(z1, *q1)
 
 
@@ -107,17 +108,17 @@ class TwoLevelVAE(nn.Module):
         """Return mean (ẑ of text C.1) and log-variance of p(z1 | z2), each (B, d)."""
         return gaussian(self.decoder2(z2))
 
-    def elbo(self, x, J3=sampled_J3):
+    def elbo(self, x, J3_term=sampled_J3):
         """Return J1, J2, J3 at one draw of z1 and z2, each (B,), in nats (text C.2)."""
-        q1 = gaussian(self.encoder1(x))      # q(z1 | x)
+        q1 = gaussian(self.encoder1(x))   # q(z1 | x)
         z1 = reparameterize(*q1)
-        q2 = gaussian(self.encoder2(z1))     # q(z2 | z1)
+        q2 = gaussian(self.encoder2(z1))  # q(z2 | z1)
         z2 = reparameterize(*q2)
-        p1 = self.prior(z2)                  # p(z1 | z2)
-        p2 = torch.zeros_like(z2), torch.zeros_like(z2)  # p(z2) = N(0, I)
+        p1 = self.prior(z2)               # p(z1 | z2)
+        p2 = 2 * [torch.zeros_like(z2)]   # p(z2) = N(0, I): mean and log-variance 0
         J1 = gaussian_log_density(x, self.decoder1(z1), self.pixel_logvar)
-        J2 = -gaussian_kl(*q2, *p2)
-        return J1.sum(1), J2.sum(1), J3(z1, q1, p1).sum(1)
+        J2 = -gaussian_kl(*q2, *p2)  # in closed form, because p2 depends on no draw
+        return J1.sum(1), J2.sum(1), J3_term(z1, q1, p1).sum(1)
 
     def sample(self, z2):
         """Turn z2 (B, d) from N(0, I) into images (B, 784), the means x̂(z1)."""
@@ -132,8 +133,8 @@ def to_float(images):
     return images.flatten(1).float() / 255
 
 
-def train(args, model, images, history, J3=sampled_J3):
-    """Maximize the ELBO on uint8 images (N, 28, 28); fill `history` with -ELBO."""
+def train(args, model, images, history, J3_term=sampled_J3):
+    """Maximize J1 + J2 + J3 on uint8 images (N, 28, 28); fill `history`."""
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
@@ -142,8 +143,8 @@ def train(args, model, images, history, J3=sampled_J3):
     for epoch in range(args.epochs):
         shuffled = torch.randperm(len(images), device=images.device)
         for batch in shuffled.split(args.batch_size):
-            elbo = sum(model.elbo(to_float(images[batch]), J3))  # J1 + J2 + J3
-            loss = -elbo.mean()
+            terms = model.elbo(to_float(images[batch]), J3_term)
+            loss = -sum(terms).mean()  # -(J1 + J2 + J3)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -153,7 +154,7 @@ def train(args, model, images, history, J3=sampled_J3):
 
 
 def progress(history, losses, steps, began):
-    """Some 20 times a run, print and note the mean of the latest losses."""
+    """About 20 times, print the mean of the latest losses and add it to `history`."""
     step, every = len(losses), math.ceil(steps / 20)
     if step % every == 0:
         loss = torch.stack(losses[-every:]).mean().item()
@@ -165,19 +166,19 @@ def progress(history, losses, steps, began):
 
 
 # ---- Second lesson: why the text's version switches z2 off (you can skip it) ---------
-# Fault 1 of the text's code: imports and classes are commented out, so nothing runs.
-# Fault 2: J3 is computed in closed form, as a KL. A KL draws z1 anew, but z2 was drawn
-# from this z1: what z2 knows about z1 is held against it. (If p(z1 | z2) = N(ẑ(z2), 1),
-# the ELBO comes out too low by Cov(z1, ẑ(z2) | x) in each dimension.) Fault 3: σ = 1,
-# also in p(z1 | z2). Then z1 carries few nats, and z2 has little to explain.
-# Either fault alone leaves z2 in use; both together switch it off.
+# The text computes J3 in closed form, as a KL. A KL averages over fresh z1, but z2 was
+# drawn from one z1: what z2 knows of that z1, beyond x, costs nats in J2 and earns none
+# in J3. (For p(z1 | z2) = N(ẑ(z2), 1), J3 falls by Cov(z1, ẑ(z2) | x) per dimension.)
+# The text also sets every σ of p to 1. Then z1 carries few nats and is noisy, and the
+# noise of z1 is just what the closed form charges for. Either fault alone leaves z2 in
+# use; together they switch it off.
 def closed_form_J3(z1, q1, p1):
-    """Fault 2: return -KL(q(z1 | x) ‖ p(z1 | z2)) of each element (text C.3)."""
+    """First fault: return -KL(q(z1 | x) ‖ p(z1 | z2)), per element (text C.3)."""
     return -gaussian_kl(*q1, *p1)
 
 
 class SigmaOne(TwoLevelVAE):
-    """Fault 3: p(x | z1) and p(z1 | z2) have variance 1."""
+    """Second fault: p(x | z1) and p(z1 | z2) have variance 1."""
 
     def __init__(self, d):
         super().__init__(d)
@@ -189,40 +190,41 @@ class SigmaOne(TwoLevelVAE):
 
 
 class OneLevel(TwoLevelVAE):
-    """For comparison: p(z1) = N(0, I) whatever z2 is; here the closed form is right."""
+    """For comparison: p(z1) = N(0, I), so that the closed form is right."""
 
     def prior(self, z2):
-        return torch.zeros_like(z2), torch.zeros_like(z2)
+        return 2 * [torch.zeros_like(z2)]
 
 
 MODELS = {
     "repaired": (TwoLevelVAE, sampled_J3),
     "as in the text": (SigmaOne, closed_form_J3),
     "one level": (OneLevel, closed_form_J3),
-    "fault 2 alone": (TwoLevelVAE, closed_form_J3),
-    "fault 3 alone": (SigmaOne, sampled_J3),
+}
+FAULTS = {
+    "closed form alone": (TwoLevelVAE, closed_form_J3),
+    "sigma 1 alone": (SigmaOne, sampled_J3),
 }
 
 
 # ---- Main and figures ----------------------------------------------------------------
 def main(argv=None):
     args = get_args(argv)
+    torch.manual_seed(args.seed)
     images, _, test_images, _, source = load_data(args)
+    chosen = MODELS | FAULTS if args.faults else MODELS
     models, history = nn.ModuleDict(), {}
-    for name in list(MODELS)[: 5 if args.faults else 3]:
-        torch.manual_seed(args.seed)  # no model depends on the ones before it
-        model_class, _ = MODELS[name]
+    for name, (model_class, _) in chosen.items():
         models[name] = model_class(args.latent_dim).to(args.device)
         history[name] = []
     load_weights(args, models)
     try:
-        for name, model in models.items():
+        for name, (_, J3_term) in chosen.items():
             print(f"model: {name}")
-            _, J3 = MODELS[name]
-            torch.manual_seed(args.seed)
-            train(args, model, images, history[name], J3)
+            torch.manual_seed(args.seed)  # all see the same batches
+            train(args, models[name], images, history[name], J3_term)
     except KeyboardInterrupt:
-        print("Training stopped early; the models are evaluated as they are.")
+        print("Training stopped early; models that had no turn are untrained.")
     save_model(args, models)
     models.eval()
     x = to_float(test_images)
@@ -234,7 +236,7 @@ def main(argv=None):
 @torch.no_grad()
 def evaluate(model, x):
     """Return the ELBO and the cost of each level, means over images x (N, 784)."""
-    J1, J2, J3 = model.elbo(x)  # the true ELBO, however the model was trained
+    J1, J2, J3 = model.elbo(x)  # the ELBO, however it was trained
     return {
         "ELBO in nats": (J1 + J2 + J3).mean().item(),
         "cost of level 1": -J3.mean().item(),
@@ -256,7 +258,7 @@ def plot_levels(args, models, x):
         pixels[name] = (samples.view(-1, 28, 28) * 255).round().byte().cpu()
         rows = [x, model.decoder1(mu1), model.decoder1(z1_hat), *draws, samples[:50]]
         plt.subplot(1, len(models), i + 1)
-        title = f"{name}: x; from z1; from z2; drawn from z2 (3); samples"
+        title = f"{name}: x, from z1, from z2 (4), samples"
         show_grid(torch.cat(rows).view(-1, 1, 28, 28), 10, title)
     plt.savefig(f"{args.out}/levels.png")
     np.savez_compressed(f"{args.out}/samples.npz", **pixels)
@@ -272,7 +274,7 @@ def show_grid(images, columns, title):
     plt.axis("off")
 
 
-# ---- Drawn digits, for where MNIST cannot be had, the same in every script -----------
+# ---- Drawn digits, for when MNIST is missing, the same in every script ---------------
 DIGITS = ("3c66666666663c001838181818183c003c66060c18307e003c66061c06663c00"  # 0 1 2 3
           "3636367e060606007e607c0606663c001c30607c66663c007e060c0c18181800"  # 4 5 6 7
           "3c66663c66663c003c66663e060c3800")  # 8 9: a byte for each of eight rows

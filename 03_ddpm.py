@@ -1,23 +1,24 @@
 """Denoising diffusion (DDPM): learn to see the noise, then turn noise into images.
 
-    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε,  ε ~ N(0, I)        add noise             q_sample
+    x_t = √(1-β_t) x_{t-1} + √β_t ε,  ε ~ N(0, I)     a step of noise       q_step
+    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                       t steps at once       q_sample
     L_simple = mean of (ε - ε_θ(x_t, t))²             find the noise        train
-    x̂_0 = (x_t - √(1-ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t       the image behind it   predict_x0
-    x_{t-1} = μ̃_t(x̂_0, x_t) + σ_t z,  z ~ N(0, I)    a step towards it     sample
+    x̂_0 = (x_t - √(1-ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t         the image behind it   predict_x0
+    x_{t-1} = μ̃_t(x̂_0, x_t) + σ_t z,  z ~ N(0, I)     a step towards it     sample
 
 In T = 1000 small steps, an image x_0 dissolves in noise: ᾱ_t falls from 1 to 0. The
 network ε_θ only learns to tell the noise in x_t from the image. That is enough to go
-back: guess the image, take a small step towards it, add a little fresh noise, repeat.
+back: guess the image, step a little towards it, add a little fresh noise, repeat.
 
     python 03_ddpm.py            minutes on two CPU cores
-    python 03_ddpm.py --quick    a smoke test; its samples are noise
+    python 03_ddpm.py --quick    a smoke test
 
-Expect  L_simple below 0.025. In chain.png, noise becomes digits.
-Read    `Diffusion` and `train` first: they are all of DDPM. The bound and DDIM are
-        lessons of their own.
-Try     easy: --T 100, then --T 25. How many steps does a clear digit need?
-        medium: the cosine schedule (arXiv:2102.09672, eq. 17), in `Diffusion`.
-        harder: tell `UNet` the digit: embed the label and add it to `emb`.
+Expect  L_simple below 0.025; chain.png: noise becomes digits.
+Read    `Diffusion` and `train`: they are DDPM.
+Try     easy: --T 100 --out out/T100. How many steps does a digit need?
+        medium: the cosine schedule (arXiv:2102.09672, eq. 17), β_t at most 0.999.
+        harder: add an embedding of the label y to `emb`; then `sample` takes
+        `lambda x, t: model(x, t, y)` as its model.
 Paper   Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, arXiv:2006.11239
 Text    拡散モデルの理論, sections 8.2 to 8.4; ex. and eq. 5.x: 第5章 演習問題の解答
 """
@@ -32,7 +33,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads soon free their cores
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads yield their cores
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ SETTINGS = {
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or mps"),
     "seed": (0, "the same seed gives the same numbers on one machine"),
     "load": ("", "a model.pt to start from; --epochs 0 only evaluates it"),
-    "quick": (False, "a smoke test of seconds; its results are about chance"),
+    "quick": (False, "a smoke test of seconds; its results mean little"),
 }
 QUICK = {"epochs": 1, "T": 30, "samples": 20, "train_size": 512}
 
@@ -60,15 +61,15 @@ QUICK = {"epochs": 1, "T": 30, "samples": 20, "train_size": 512}
 class Diffusion:
     """The chain x_0, x_1, ..., x_T: q adds noise, p_θ removes it (text 8.2, 8.4).
 
-    Every table has an entry for each t = 0..T. Images x (B, C, H, W) have pixels in
-    [-1, 1]; t is a number in 1..T, or one for each image (B,). model(x_t, t) estimates
-    the noise ε in x_t.
+    Images x (B, C, H, W) have pixels in [-1, 1]; t is a number in 1..T, or one for each
+    image (B,). model(x_t, t) estimates the noise ε in x_t. Tables (T + 1, 1, 1, 1) are
+    indexed by t; they are computed in float64, because 1 - ᾱ_t is small at first.
     """
 
     def __init__(self, T=1000, device="cpu"):
         if T <= 20:
             raise ValueError("T must be above 20, so that β_T = 20 / T is below 1")
-        beta = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)  # section 4
+        beta = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)
         beta = F.pad(beta, (1, 0)).view(-1, 1, 1, 1)  # β_0 = 0, so that beta[t] is β_t
         bar = torch.cumprod(1 - beta, 0)  # ᾱ_t = (1 - β_1) ... (1 - β_t), and ᾱ_0 = 1
         before = bar.roll(1, 0)  # ᾱ_{t-1}
@@ -78,7 +79,7 @@ class Diffusion:
         self.from_x0 = before.sqrt() * beta / (1 - bar)  # μ̃_t = from_x0 x_0
         self.from_xt = (1 - beta).sqrt() * (1 - before) / (1 - bar)  # + from_xt x_t
         self.beta_tilde = beta * (1 - before) / (1 - bar)  # β̃_t, variance around μ̃_t
-        self.variance = beta  # σ_t² of p_θ; the paper's other choice is beta_tilde
+        self.variance = beta  # σ_t² of p_θ; or beta_tilde, if its 0 at t = 1 is mended
         for name, table in vars(self).items():
             setattr(self, name, table.float().to(device))
         self.T = T
@@ -88,12 +89,16 @@ class Diffusion:
         return self.signal[t] * x0 + self.noise[t] * eps
 
     def predict_x0(self, model, x_t, t):
-        """Return x̂_0, the image that the network sees in x_t: eq. 4 solved for x_0."""
+        """Return x̂_0, the image that the network sees in x_t (DDPM eq. 15)."""
         x0 = (x_t - self.noise[t] * model(x_t, t)) / self.signal[t]
-        return x0.clamp(-1, 1)  # pixels stay in their range
+        return x0.clamp(-1, 1)  # at large t, errors are divided by almost 0
 
     def q_mean(self, x0, x_t, t):
-        """Return μ̃_t, the mean of q(x_{t-1} | x_t, x_0) (eq. 5.28; DDPM eq. 7)."""
+        """Return μ̃_t, the mean of q(x_{t-1} | x_t, x_0) (eq. 5.28; DDPM eq. 7).
+
+        For x̂_0 without the clamp, it is the mean in the paper's Algorithm 2,
+        (x_t - β_t ε_θ(x_t, t) / √(1-ᾱ_t)) / √(1-β_t) (eq. 5.32; DDPM eq. 11).
+        """
         return self.from_x0[t] * x0 + self.from_xt[t] * x_t
 
     @torch.no_grad()
@@ -106,9 +111,6 @@ class Diffusion:
                 z = torch.randn_like(x)
                 x = x + self.variance[t].sqrt() * z  # add a little fresh noise
         return x
-
-    # But for the clamp in predict_x0, this mean is the one that the paper writes as
-    # (x_t - β_t ε_θ(x_t, t) / √(1-ᾱ_t)) / √(1-β_t)  (eq. 5.32; DDPM eq. 11).
 
 
 def timestep_embedding(t):
@@ -134,7 +136,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = normed_conv(channels, channels)
         self.time = nn.Linear(64, channels)
         self.conv2 = normed_conv(channels, channels)
-        nn.init.zeros_(self.conv2[-1].weight)  # at first, a block changes nothing
+        nn.init.zeros_(self.conv2[-1].weight)  # at first, it adds almost nothing
 
     def forward(self, x, emb):
         h = self.conv1(x) + self.time(emb)[:, :, None, None]  # (B, C, H, W)
@@ -145,7 +147,8 @@ class UNet(nn.Module):
     """ε_θ(x_t, t) for images x_t (B, 1, size, size), size divisible by 4.
 
     In text 8.2.2 the network outputs x̂_{t-1}; here it outputs the noise, as in DDPM.
-    Convolutions see neighborhoods. One vector of the whole image lets its parts agree.
+    Convolutions see only nearby pixels. One vector of the whole image links the rest,
+    in place of the paper's self-attention; and skips are added, not concatenated.
     """
 
     def __init__(self, size=28):
@@ -158,7 +161,6 @@ class UNet(nn.Module):
         self.shrink2 = nn.Conv2d(32, 64, 2, stride=2)
         self.middle1 = ResidualBlock(64)
         self.gather = nn.Linear(pixels, 256)
-        self.time = nn.Linear(64, 256)
         self.spread = nn.Linear(256, pixels)
         self.middle2 = ResidualBlock(64)
         self.grow2 = nn.ConvTranspose2d(64, 32, 2, stride=2)
@@ -172,8 +174,8 @@ class UNet(nn.Module):
         h1 = self.down1(self.conv_in(x), emb)                 # (B, 16, 28, 28)
         h2 = self.down2(self.shrink1(h1), emb)                # (B, 32, 14, 14)
         h = self.middle1(self.shrink2(h2), emb)               # (B, 64, 7, 7)
-        vector = self.gather(h.flatten(1)) + self.time(emb)   # (B, 256)
-        h = h + self.spread(F.silu(vector)).view_as(h)        # (B, 64, 7, 7)
+        vector = F.silu(self.gather(h.flatten(1)))            # (B, 256)
+        h = h + self.spread(vector).view_as(h)                # (B, 64, 7, 7)
         h = self.middle2(h, emb)
         h = self.up2(self.grow2(h) + h2, emb)                 # (B, 32, 14, 14)
         h = self.up1(self.grow1(h) + h1, emb)                 # (B, 16, 28, 28)
@@ -190,7 +192,9 @@ def to_float(images):
 def train(args, diffusion, model, images, history):
     """Train with Algorithm 1 of DDPM on uint8 images (N, H, W); fill `history`."""
     model.train()
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    optimizer = torch.optim.Adam(
+        model.parameters(), args.lr, betas=(0.9, 0.99), fused=True
+    )
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps + 1)
     losses, began = [], time.time()
@@ -201,7 +205,7 @@ def train(args, diffusion, model, images, history):
             t = torch.randint(1, diffusion.T + 1, [len(x0)], device=x0.device)
             eps = torch.randn_like(x0)
             x_t = diffusion.q_sample(x0, t, eps)
-            loss = (eps - model(x_t, t)).square().mean()  # L_simple (eq. 5.36; eq. 14)
+            loss = (eps - model(x_t, t)).square().mean()  # L_simple (eq. 5.36)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -211,7 +215,7 @@ def train(args, diffusion, model, images, history):
 
 
 def progress(history, losses, steps, began):
-    """Some 20 times a run, print and note the mean of the latest losses."""
+    """About 20 times, print the mean of the latest losses and add it to `history`."""
     step, every = len(losses), math.ceil(steps / 20)
     if step % every == 0:
         loss = torch.stack(losses[-every:]).mean().item()
@@ -228,8 +232,8 @@ def progress(history, losses, steps, began):
 #     L_T = KL(q(x_T | x_0) ‖ N(0, I))                          does x_0 end in noise?
 #     L_{t-1} = KL(q(x_{t-1} | x_t, x_0) ‖ p_θ(x_{t-1} | x_t))  is step t > 1 right?
 #     L_0 = -log p_θ(x_0 | x_1)                                 is each pixel right?
-# Each L_{t-1} is a weight times the error of the noise, plus a constant (ex. 5.4).
-# L_simple drops the weights (ex. 5.6), so that the finest noise counts for less.
+# Without the clamp, each L_{t-1} is a constant plus a weight times the error of the
+# noise (ex. 5.4). L_simple drops the weights (ex. 5.6), so that small t count for less.
 @torch.no_grad()
 def bound_terms(diffusion, model, x0):
     """Return L_0, ..., L_T (B, T + 1), from one x_t for each t, in bits/dim."""
@@ -244,8 +248,8 @@ def bound_terms(diffusion, model, x0):
             true_mean = diffusion.q_mean(x0, x_t, t)
             nats = gaussian_kl(true_mean, diffusion.beta_tilde[t], mean, variance)
         terms.append(nats)
-    mean, variance = diffusion.signal[-1] * x0, diffusion.noise[-1] ** 2
-    terms.append(gaussian_kl(mean, variance, 0.0, 1.0))  # L_T
+    L_T = gaussian_kl(diffusion.signal[-1] * x0, diffusion.noise[-1] ** 2, 0.0, 1.0)
+    terms.append(L_T)
     return torch.stack(terms, 1).mean((2, 3, 4)) / math.log(2)
 
 
@@ -258,7 +262,7 @@ def gaussian_kl(mean1, variance1, mean2, variance2):
 def discretized_log_likelihood(x0, mean, std):
     """Return log P(bin x0 ± 1/255) of each 8-bit pixel under N(mean, std²), in nats.
 
-    The bins of black and white are open to one side (ex. 5.5, eq. 5.34; DDPM eq. 13).
+    The bins of black and white are open on one side (ex. 5.5, eq. 5.34; DDPM eq. 13).
     """
     cdf = torch.special.ndtr  # Φ
     above = torch.where(x0 > 0.999, 1.0, cdf((x0 + 1 / 255 - mean) / std))
@@ -268,11 +272,13 @@ def discretized_log_likelihood(x0, mean, std):
 
 def dropped_weight(diffusion, t):
     """The weight of ‖ε - ε_θ‖² in L_{t-1} (ex. 5.6; for t = 1, ex. 5.5)."""
-    beta, noise = diffusion.beta[t], diffusion.noise[t]
-    return beta**2 / (2 * diffusion.variance[t] * (1 - beta) * noise**2)
+    beta = diffusion.beta[t]
+    return beta**2 / (2 * diffusion.variance[t] * (1 - beta) * diffusion.noise[t] ** 2)
 
 
 # ---- Third lesson: other ways along the chain (you can skip it) ----------------------
+# The forward chain can be walked step by step. The way back can be cut short: put
+# sample_ddim(diffusion, model, x_T) in the place of diffusion.sample in `main`.
 def q_step(diffusion, x, t, eps):
     """Take one step of the forward process, from x_{t-1} to x_t (text 8.2.1)."""
     beta = diffusion.beta[t]
@@ -281,13 +287,14 @@ def q_step(diffusion, x, t, eps):
 
 @torch.no_grad()
 def sample_ddim(diffusion, model, x, steps=50, eta=0.0):
-    """Sample in few steps: DDIM (Song, Meng, Ermon, arXiv:2010.02502).
+    """Sample in at most `steps` steps: DDIM (Song, Meng, Ermon, arXiv:2010.02502).
 
     Its α_t is our ᾱ_t. With eta = 0 no noise is added on the way; with eta = 1 and
     steps = T it is Algorithm 2 with σ_t² = β̃_t.
     """
     signal, noise = diffusion.signal, diffusion.noise
-    times = torch.linspace(diffusion.T, 0, steps + 1).int().tolist()
+    stride = math.ceil(diffusion.T / steps)
+    times = [*range(diffusion.T, 0, -stride), 0]
     for t, s in zip(times, times[1:]):  # from x_t to x_s, s < t
         x0 = diffusion.predict_x0(model, x, t)
         eps = (x - signal[t] * x0) / noise[t]  # the noise in x_t if x̂_0 is the image
@@ -315,12 +322,16 @@ def main(argv=None):
     model.eval()
     x0 = to_float(test_images[:16])
     terms = bound_terms(diffusion, model, x0).mean(0)
-    results = {"bound in bits/dim (uniform model: 8)": terms.sum().item()}
     x_T = torch.randn(args.samples, *x0.shape[1:], device=args.device)
     samples = diffusion.sample(model, x_T)
     pixels = (samples[:, 0].clamp(-1, 1) + 1) * 127.5
     np.savez_compressed(f"{args.out}/samples.npz", images=pixels.round().byte().cpu())
-    save_metrics(args, results=results, history=history, data=source)
+    save_metrics(
+        args,
+        results={"bound in bits/dim, 16 images (uniform model: 8)": terms.sum().item()},
+        history=history,
+        data=source,
+    )
     plot_bound(args, diffusion, terms)
     plot_chain(args, diffusion, model, x0[:3], samples[:100])
 
@@ -329,19 +340,18 @@ def plot_bound(args, diffusion, terms):
     """Plot the terms of the bound and the weights that L_simple drops (ex. 5.6)."""
     t = torch.arange(1, diffusion.T + 1)
     weights = dropped_weight(diffusion, t).flatten()
-    plt.figure(figsize=(7, 4))
-    plt.loglog(t, weights.cpu(), label="weight of the noise error (ex. 5.6)")
-    plt.loglog(t, terms[:-1].cpu(), label="L_{t-1} in bits/dim (ex. 5.4)")
-    plt.title("What L_simple leaves out")
+    plt.figure()
+    plt.loglog(t, weights.cpu(), label="weight that L_simple drops, nats (ex. 5.6)")
+    plt.loglog(t, terms[:-1].cpu(), label="L_{t-1}, bits/dim (ex. 5.4)")
     plt.xlabel("t")
-    plt.ylabel("weight; bits/dim")
+    plt.ylabel("weight; term of the bound")
     plt.legend()
     plt.savefig(f"{args.out}/bound.png")
 
 
 @torch.no_grad()
 def plot_chain(args, diffusion, model, x0, samples):
-    """Plot images x0 dissolving in noise, the way back from that noise, and samples."""
+    """Plot images x0 dissolving in noise, new images emerging from it, and samples."""
     noise = torch.randn_like(x0)
     seen, columns = [], []
 
@@ -356,7 +366,7 @@ def plot_chain(args, diffusion, model, x0, samples):
     tiles = torch.stack(columns, 1).flatten(0, 1)
     plt.figure(figsize=(13, 6), layout="constrained")
     plt.subplot(1, 2, 1)
-    title = f"t = {diffusion.T}, ..., 1: x_t by q; x_t by p_θ; its x̂_0"
+    title = f"t = {diffusion.T}, ..., 1: x_t by q; by p_θ; its x̂_0"
     show_grid((tiles + 1) / 2, len(columns), title)
     plt.subplot(1, 2, 2)
     show_grid((samples + 1) / 2, 10, "samples")
@@ -373,7 +383,7 @@ def show_grid(images, columns, title):
     plt.axis("off")
 
 
-# ---- Drawn digits, for where MNIST cannot be had, the same in every script -----------
+# ---- Drawn digits, for when MNIST is missing, the same in every script ---------------
 DIGITS = ("3c66666666663c001838181818183c003c66060c18307e003c66061c06663c00"  # 0 1 2 3
           "3636367e060606007e607c0606663c001c30607c66663c007e060c0c18181800"  # 4 5 6 7
           "3c66663c66663c003c66663e060c3800")  # 8 9: a byte for each of eight rows

@@ -1,36 +1,31 @@
-"""The Vision Transformer (ViT): an image as a sequence of patches, read by a Transformer encoder.
+"""The Vision Transformer (ViT): read an image as a sequence of patches.
 
-    z_0 = [x_class; x_1 E; ...; x_N E] + E_pos     eq. 1: N patches, one linear map E, positions
-    z'_l = MSA(LN(z_{l-1})) + z_{l-1}              eq. 2: attention mixes the tokens, in h heads
-    z_l = MLP(LN(z'_l)) + z'_l                     eq. 3: an MLP, applied to each token
-    y = LN(z_L^class),  logits = W y + b           eq. 4: only the class token is read
+    z_0 = [x_class; x_1 E; ...; x_N E] + E_pos    eq. 1: N patches x_i   embed
+    z'_l = MSA(LN(z_{l-1})) + z_{l-1}             eq. 2: attention       Attention
+    z_l = MLP(LN(z'_l)) + z'_l                    eq. 3: an MLP          Block
+    y = LN(z_L^class)                             eq. 4: the read-out    features
 
-Sources  ViT: An Image is Worth 16x16 Words, Dosovitskiy et al., arXiv:2010.11929
-         CKA: Similarity of Neural Network Representations Revisited, Kornblith et al.,
-         arXiv:1905.00414
-         FID: GANs Trained by a Two Time-Scale Update Rule, Heusel et al., arXiv:1706.08500
-         texts: 第5章 演習問題の解答, ex. 5.1; 【読書記録】Vision Transfoer入門
-Run      python 04_vit.py    (--quick for a smoke test, --help for the settings)
-Expect   4 minutes on two CPU cores (AMD EPYC, real MNIST, seed 0, 2026-11-26); results.png.
-         Test accuracy 99.3% (chance 10). By --pos, seed 0 (1), on 2026-11-24: learned 99.3 (99.3);
-         from std=0.7, the sines' RMS (not here), 99.1 (99.2); sincos 99.3 (99.3); none 98.2 (98.1).
-         Accuracy on a font's letters; examples of each (chance 4%):   1    5   20  100
-           ridge regression on the digit model's features, in 1 ms    39%  59%  70%  75%
-           fine-tuning of the whole network, 164 to 200 steps         40%  61%  82%  87%
-         --load out/04_vit/model.pt --judge FILE: of 1,000 samples of 03_ddpm.py 80% are clear (over
-         95% sure), Fréchet distance 2.2; 02_hvae.py 68%, 4.8; one level 42%, 27; MNIST 97%, 0.4.
-Weights  VisionTransformer(224, 16, 3, 1000, 768, 12, 12) loads timm's vit_base_patch16_224 with
-         strict=True; it expects RGB images normalized with mean and std 0.5: pixels in [-1, 1].
-Read     Start with `Block` and `VisionTransformer`; the rest can wait.
-Try      easy: --patch-size 14 or 4 (4 or 49 patches): compare accuracy and time.
-         medium: in `embed`, permute all images' patches alike; train. Does --pos none notice?
-         harder: a masked autoencoder: `encode` some tokens of `embed`, predict the other patches.
+Cut an image into 16 patches, and turn each into a vector, a token. In each block, tokens
+ask each other for what they know (attention), then each thinks for itself (the MLP). One
+more token, the class token, collects the answer. Nothing but the positions E_pos says
+where a patch was.
+
+    python 04_vit.py                                    4 minutes on two CPU cores
+    python 04_vit.py --epochs 6 --train-size 10000      a shorter run
+    python 04_vit.py --quick                            a smoke test: accuracy by chance
+
+Expect  99.3% of test digits (chance 10%); results.png.
+Read    `Attention`, `Block` and `VisionTransformer`; the rest can wait.
+Try     easy: --patch-size 14, then 4. What is gained, and what does it cost?
+        medium: in `embed`, permute the patches of all images alike. Does it matter?
+        harder: a masked autoencoder: `encode` some tokens of `embed`, predict the rest.
+Paper   Dosovitskiy et al.: An Image is Worth 16x16 Words, arXiv:2010.11929
+Texts   【読書記録】Vision Transfoer入門; 第5章 演習問題の解答, ex. 5.1
 """
 
 import argparse
 import copy
 import gzip
-import hashlib
 import json
 import math
 import os
@@ -39,48 +34,38 @@ import time
 import urllib.request
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads release their cores sooner
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # a Mac's GPU may lack linalg.solve
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads yield their cores
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.textpath import TextPath
 from torch import nn
 
-
-def get_args(argv=None):
-    """Reads the settings from the command line; get_args([]) returns the defaults."""
-    parser = argparse.ArgumentParser()
-    add = parser.add_argument
-    add("--data", default="", help='folder of the four MNIST files, or "drawn" for drawn digits')
-    add("--out", default="out", help="parent folder; results go to its subfolder 04_vit")
-    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
-    add("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine")
-    add("--epochs", type=int, default=12, help="passes over the training images")
-    add("--batch-size", type=int, default=128, help="images per step")
-    add("--lr", type=float, default=2e-3, help="highest learning rate")
-    add("--train-size", type=int, default=60000, help="number of training images")
-    add("--load", help="a model.pt to start from; --epochs 0 only evaluates it")
-    add("--quick", action="store_true", help="smoke test: a short run on 512 images")
-    add("--patch-size", type=int, default=7, choices=[2, 4, 7, 14], help="side of a patch (pixels)")
-    add("--pos", default="learned", choices=["learned", "sincos", "none"], help="positions")
-    add("--judge", help="a samples.npz to score with the model from --load, without training")
-    args = parser.parse_args(argv)
-    if args.quick:  # flags given on the command line override these
-        parser.set_defaults(epochs=2, train_size=512)
-        args = parser.parse_args(argv)
-    if args.epochs < 0 or min(args.batch_size, args.lr, args.train_size) <= 0:
-        parser.error("--epochs must be >= 0; --batch-size, --lr and --train-size > 0")
-    if args.judge and not args.load:
-        parser.error("--judge needs a trained model: add --load")
-    args.out += "/04_vit"
-    return args
+SETTINGS = {
+    "epochs": (12, "passes over the training images"),
+    "batch_size": (128, "images per step"),
+    "lr": (2e-3, "highest learning rate"),
+    "patch_size": (7, "side of a patch in pixels", 2, 4, 7, 14),
+    "pos": ("learned", "positions", "learned", "sincos", "none"),
+    "tune_steps": (200, "steps of fine-tuning on letters"),
+    "judge": ("", "a samples.npz to score with the model of --load"),
+    "train_size": (60000, "how many training images to use"),
+    "data": ("", "folder of the four MNIST files, or drawn: digits of a font"),
+    "out": ("out/04_vit", "folder of the results"),
+    "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or mps"),
+    "seed": (0, "the same seed gives the same numbers on one machine"),
+    "load": ("", "a model.pt to start from; --epochs 0 only evaluates it"),
+    "quick": (False, "a smoke test of seconds; its results are about chance"),
+}
+QUICK = {"epochs": 5, "train_size": 512, "tune_steps": 5}
 
 
-# ---- The model -----------------------------------------------------------------------
+# ---- Lesson one: the Vision Transformer ----------------------------------------------
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D), and the attention (B, h, N, N)."""
+    """Multi-head self-attention, (B, N, D) -> (B, N, D); also returns who looks at whom.
+
+    Row i of the attention (B, h, N, N) says how much token i takes from each token.
+    """
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -89,67 +74,76 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3D) -> (B, N, 3, h, D/h)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # eq. 5: (B, h, N, D/h) each
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, h, N, N)
-        attention = scores.softmax(-1)  # eq. 6: each row sums to 1
-        heads = attention @ v  # eq. 7: (B, h, N, D/h)
-        return self.proj(heads.transpose(1, 2).flatten(2)), attention  # eq. 8: -> (B, N, D)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, h, D/h)
+        q, k, v = qkv.transpose(1, 3).unbind(2)                  # (B, h, N, D/h) each
+        scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5       # (B, h, N, N)
+        attention = scores.softmax(3)                            # rows sum to 1 (eq. 6)
+        heads = attention @ v                                    # (B, h, N, D/h) (eq. 7)
+        out = heads.transpose(1, 2).flatten(2)                   # (B, N, D)
+        return self.proj(out), attention                         # eq. 8
 
 
 class Block(nn.Module):
-    """A Transformer block: tokens z (B, N, D) -> (B, N, D), and the attention (B, h, N, N)."""
+    """A block of the Transformer: tokens z (B, N, D) -> (B, N, D), and the attention."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+        fc1, fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.ModuleDict({"fc1": fc1, "fc2": fc2})
 
     def forward(self, z):
         out, attention = self.attn(self.norm1(z))
         z = z + out  # eq. 2
-        hidden = F.gelu(self.mlp["fc1"](self.norm2(z)))  # (B, N, D) -> (B, N, 4D)
-        return z + self.mlp["fc2"](hidden), attention  # eq. 3
-
-
-def sincos_positions(count, dim):
-    """Fixed positions (count, dim): sin, cos of t / 10000^(2i/dim) in row t, columns 2i, 2i + 1."""
-    angles = torch.arange(count)[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
-    return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)  # from (count, dim/2, 2)
+        hidden = F.gelu(self.mlp.fc1(self.norm2(z)))  # (B, N, 4D)
+        z = z + self.mlp.fc2(hidden)  # eq. 3
+        return z, attention
 
 
 class VisionTransformer(nn.Module):
-    """Images (B, C, H, W) -> logits (B, num_classes); `pos` is learned, sincos or none."""
+    """Images (B, C, H, W) -> logits (B, num_classes).
 
-    def __init__(self, img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=64,
-                 depth=6, num_heads=4, pos="learned"):
+    Parameters have timm's names: VisionTransformer(224, 16, 3, 1000, 768, 12, 12) loads
+    its vit_base_patch16_224 with strict=True, for RGB images with pixels in [-1, 1].
+    """
+
+    def __init__(
+        self,
+        img_size=28,
+        patch_size=7,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=64,
+        depth=6,
+        num_heads=4,
+    ):
         super().__init__()
         assert img_size % patch_size == 0, "patch_size must divide img_size"
+        self.img_size = img_size
         tokens = 1 + (img_size // patch_size) ** 2
-        proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
-        self.patch_embed = nn.ModuleDict({"proj": proj})  # E; names as in timm
+        E = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": E})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), pos == "learned")
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, embed_dim))
+        blocks = [Block(embed_dim, num_heads) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
         nn.init.zeros_(self.head.weight)  # at first all images get the same logits
-        if pos == "learned":
-            nn.init.normal_(self.pos_embed, std=0.02)
-        elif pos == "sincos":
-            self.pos_embed.data[0] = sincos_positions(tokens, embed_dim)
 
     def embed(self, x):
-        """Images (B, C, H, W) -> tokens z_0 (B, 1 + N, D), the class token first (eq. 1)."""
-        patches = self.patch_embed["proj"](x)  # (B, C, H, W) -> (B, D, H/P, W/P)
-        patches = patches.flatten(2).transpose(1, 2)  # -> (B, N, D), row by row
-        cls_token = self.cls_token.expand(len(x), -1, -1)  # (1, 1, D) -> (B, 1, D)
+        """Turn images into tokens z_0 (B, 1 + N, D), the class token first (eq. 1)."""
+        size = self.img_size
+        assert x.shape[2:] == (size, size), f"expected images of {size} x {size} pixels"
+        patches = self.patch_embed.proj(x)                      # (B, D, H/P, W/P)
+        patches = patches.flatten(2).transpose(1, 2)            # (B, N, D), row by row
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)   # (B, 1, D)
         return torch.cat([cls_token, patches], 1) + self.pos_embed
 
     def encode(self, z):
-        """Any N tokens z_0 (B, N, D) -> [z_0, ..., z_L] and each block's attention (B, h, N, N)."""
+        """Return [z_0, ..., z_L] and each block's attention, for any tokens z_0."""
         layers, attentions = [z], []
         for block in self.blocks:
             z, attention = block(z)
@@ -157,304 +151,342 @@ class VisionTransformer(nn.Module):
             attentions.append(attention)
         return layers, attentions
 
-    def forward(self, x, return_attention=False):
-        layers, attentions = self.encode(self.embed(x))
-        logits = self.head(self.norm(layers[-1][:, 0]))  # eq. 4: (B, D) -> (B, num_classes)
-        return (logits, attentions) if return_attention else logits
+    def features(self, x):
+        """Read the class token: y (B, D), from which the head predicts (eq. 4)."""
+        layers, _ = self.encode(self.embed(x))
+        return self.norm(layers[-1][:, 0])
+
+    def forward(self, x):
+        return self.head(self.features(x))
 
 
 # ---- Training ------------------------------------------------------------------------
-def scale(images):
-    """uint8 (B, 28, 28) in 0..255 -> float (B, 1, 28, 28) in [-1, 1]."""
-    if images.dtype != torch.uint8:
-        raise ValueError(f"expected uint8 images in 0..255, not {images.dtype}")
+def to_float(images):
+    """Turn uint8 images (B, H, W) into pixels in [-1, 1], (B, 1, H, W)."""
+    assert images.dtype == torch.uint8, "expected a uint8 tensor, pixels in 0..255"
     return images[:, None].float() / 127.5 - 1
 
 
 def jitter(x, amount=0.05):
-    """Distorts each image (B, 1, H, W) by a random affine map, which the ViT learns to ignore."""
+    """Distort each image (B, 1, H, W) by a random affine map, for the ViT to ignore."""
     affine = torch.eye(2, 3) + amount * torch.randn(len(x), 2, 3)
-    grid = F.affine_grid(affine.to(x), x.shape, align_corners=False)
+    grid = F.affine_grid(affine.to(x.device), x.shape, align_corners=False)
     return F.grid_sample(x + 1, grid, align_corners=False) - 1  # black outside
 
 
-def train(args, model, images, labels, history):
-    """Minimizes the cross-entropy on distorted uint8 images (N, 28, 28); fills `history`."""
-    optimizer = torch.optim.Adam(model.parameters(), args.lr)
-    steps = args.epochs * math.ceil(len(images) / args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(steps, 1))  # lr up, down
-    losses, step = [], 0
-    began = time.time()
-    for epoch in range(args.epochs):
-        for batch in torch.randperm(len(images)).split(args.batch_size):
-            logits = model(jitter(scale(images[batch])))
+def train(model, images, labels, epochs, batch_size, lr, history):
+    """Minimize the cross-entropy on distorted uint8 images (N, H, W); fill `history`."""
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
+    steps = epochs * math.ceil(len(images) / batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1)
+    losses, began = [], time.time()
+    for epoch in range(epochs):
+        shuffled = torch.randperm(len(images), device=images.device)
+        for batch in shuffled.split(batch_size):
+            logits = model(jitter(to_float(images[batch])))
             loss = F.cross_entropy(logits, labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            step += 1
-            losses.append(loss.item())
-            if step % math.ceil(steps / 20) == 0 or step == steps:
-                mean_loss = sum(losses) / len(losses)
-                losses = []
-                history.append({"step": step, "loss": mean_loss})
-                progress(step, steps, began, {"loss": mean_loss})
+            losses.append(loss.detach())
+            progress(history, losses, steps, began)
+
+
+def progress(history, losses, steps, began):
+    """About 20 times, print the mean of the latest losses and add it to `history`."""
+    step, every = len(losses), math.ceil(steps / 20)
+    if step % every == 0:
+        loss = torch.stack(losses[-every:]).mean().item()
+        seconds = time.time() - began
+        print(f"step {step}/{steps}  loss {loss:.4f}  {seconds:.0f} s", flush=True)
+        if not math.isfinite(loss):
+            raise SystemExit("The loss is not finite; try a lower --lr. Nothing saved.")
+        history.append([step, loss, seconds])
 
 
 @torch.no_grad()
-def features(model, images):
-    """uint8 images (N, 28, 28) -> LN(z_L) of the class token (N, D), the input of the head."""
-    z = [model.encode(model.embed(scale(x)))[0][-1][:, 0] for x in images.split(500)]
-    return model.norm(torch.cat(z))
+def read(model, images):
+    """Return `features` (N, D) of uint8 images (N, H, W)."""
+    model.eval()
+    return torch.cat([model.features(to_float(x)) for x in images.split(500)])
 
 
-# ---- Few-shot learning, CKA, and judging samples -------------------------------------
-def ridge(x, labels, classes, lam=10.0):
-    """The W (D, K) that minimizes ‖x W - Y‖² + λ ‖W‖², x (N, D) (ex. 5.1; ViT section 4.1)."""
-    Y = 2 * F.one_hot(labels, classes).to(x) - 1  # (N, K): 1 at the label and -1 elsewhere
-    return torch.linalg.solve(x.T @ x + lam * torch.eye(x.shape[1]).to(x), x.T @ Y)
+def accuracy(scores, labels):
+    """Return the share of scores (N, K) that are highest at the label (N,)."""
+    return (scores.argmax(1) == labels).float().mean().item()
 
 
-def few_shot(args, model, device):
-    """Learns letters from n examples of each in two ways (ex. 5.1); returns the accuracies by n."""
-    letters = draw_characters(2500 if args.quick else 7200, 2, "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    images, labels = [tensor.to(device) for tensor in letters]  # the last 2,000 for testing
-    z = features(model, images)
-    accuracy = {"ridge": {}, "fine-tuning": {}}
-    for n, epochs in [(5, 4)] if args.quick else [(1, 200), (5, 40), (20, 10), (100, 2)]:
-        chosen = torch.cat([(labels[:-2000] == k).nonzero()[:n, 0] for k in range(26)])
-        began = time.time()
-        W = ridge(z[chosen], labels[chosen], 26)
-        print(f"{n} of each letter: ridge took {time.time() - began:.4f} s; fine-tuning:")
+# ---- Second lesson: fixed positions, or none (you can skip it) -----------------------
+def sincos_positions(count, dim):
+    """Return sin and cos of t / 10000^(2i/dim) in row t, columns 2i and 2i + 1."""
+    angles = torch.arange(count)[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
+    return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)  # (count, dim)
+
+
+def fix_positions(model, table):
+    """Put a table (1 + N, D) in place of the learned positions; zeros: no positions."""
+    del model.pos_embed
+    model.register_buffer("pos_embed", table, persistent=False)
+
+
+# ---- Third lesson: few-shot learning (you can skip it) -------------------------------
+# A model that can read digits has features that also tell letters apart. The cheapest way
+# to use them is least squares: a closed form, exact and fast (ex. 5.1; section 4.1).
+# Fine-tuning changes the whole network. It needs more examples before it pays.
+LETTERS = (
+    "3c66667e666666007c66667c66667c003c66606060663c00786c6666666c7800"  # A B C D
+    "7e60607c60607e007e60607c606060003c66606e66663e006666667e66666600"  # E F G H
+    "3c18181818183c001e0c0c0c6c6c3800666c7870786c66006060606060607e00"  # I J K L
+    "c3e7ffdbc3c3c30066767e7e6e6666003c66666666663c007c66667c60606000"  # M N O P
+    "3c6666666e3c0e007c66667c786c66003c66703c0e663c007e18181818181800"  # Q R S T
+    "6666666666663c00666666663c3c1800c3c3c3dbffe7c30066663c183c666600"  # U V W X
+    "66663c18181818007e060c1830607e00"  # Y Z
+)
+
+
+def ridge(x, labels, classes, weight=10.0):
+    """Return the W (D, K) that minimizes ‖x W - Y‖² + weight ‖W‖² (ex. 5.1)."""
+    Y = 2 * F.one_hot(labels, classes).float() - 1  # 1 at the label and -1 elsewhere
+    return torch.linalg.solve(x.T @ x + weight * torch.eye(x.shape[1]).to(x), x.T @ Y)
+
+
+def few_shot(args, model):
+    """Learn letters from n examples of each, in two ways; return the accuracies."""
+    data = *draw_characters(6000, LETTERS), *draw_characters(2000, LETTERS)
+    images, labels, *test = [tensor.to(args.device) for tensor in data]
+    test_images, test_labels = test
+    results = {}
+    for n in (1, 5, 20, 100):
+        chosen = torch.cat([torch.where(labels == k)[0][:n] for k in range(26)])
+        x, y = images[chosen], labels[chosen]
+        W = ridge(read(model, x), y, 26)
+        results[f"ridge, {n}"] = accuracy(read(model, test_images) @ W, test_labels)
         tuned = copy.deepcopy(model)
-        tuned.head = nn.Linear(z.shape[1], 26, device=device)
-        settings = get_args(f"--epochs {epochs} --batch-size 32 --lr 1e-3".split())
-        train(settings, tuned, images[chosen], labels[chosen], [])
-        tuned_scores = tuned.head(features(tuned, images[-2000:]))
-        for way, scores in [("ridge", z[-2000:] @ W), ("fine-tuning", tuned_scores)]:
-            accuracy[way][n] = (scores.argmax(1) == labels[-2000:]).float().mean().item()
-    return accuracy
+        tuned.head = nn.Linear(len(W), 26, device=args.device)
+        epochs = args.tune_steps // math.ceil(26 * n / 32)
+        train(tuned, x, y, epochs, batch_size=32, lr=1e-3, history=[])
+        scores = tuned.head(read(tuned, test_images))
+        results[f"fine-tuning, {n}"] = accuracy(scores, test_labels)
+    return results
 
 
+# ---- Fourth lesson: which layers are alike (you can skip it) -------------------------
 def cka(x, y):
-    """Linear centered kernel alignment of features (N, D), (N, E) of N images (CKA section 3)."""
+    """Return the linear centered kernel alignment of features (N, D) and (N, E).
+
+    It needs many more images N than features: random features come out alike if N is
+    small. Kornblith et al.: Similarity of Neural Network Representations Revisited,
+    arXiv:1905.00414, section 3.
+    """
     x, y = x - x.mean(0), y - y.mean(0)
-    return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+    overlap = (x.T @ y).norm() ** 2
+    return (overlap / ((x.T @ x).norm() * (y.T @ y).norm())).item()
 
 
+# ---- A judge for the samples of 02, 03 and 05 (you can skip it) ----------------------
 def frechet_distance(x, y):
-    """‖m_x - m_y‖² + tr(C_x + C_y - 2 (C_x C_y)^½) of features x (N, D), y (M, D) (FID eq. 6)."""
+    """Return ‖m_x - m_y‖² + tr(C_x + C_y - 2 (C_x C_y)^½) of features (N, D), (M, D).
+
+    This is the squared distance of two Gaussians, as in FID (Heusel et al.: GANs Trained
+    by a Two Time-Scale Update Rule, arXiv:1706.08500, eq. 6).
+    """
     x, y = x.cpu().double(), y.cpu().double()  # in float32 it can come out negative
     C_x, C_y = x.T.cov(), y.T.cov()
-    overlap = torch.linalg.eigvals(C_x @ C_y).real.clamp(min=0).sqrt().sum()  # tr (C_x C_y)^½
-    return (x.mean(0) - y.mean(0)).square().sum() + (C_x + C_y).trace() - 2 * overlap
+    roots = torch.linalg.eigvals(C_x @ C_y).real.clamp(min=0).sqrt()
+    distance = (x.mean(0) - y.mean(0)).square().sum()
+    return distance + (C_x + C_y).trace() - 2 * roots.sum()
 
 
 @torch.no_grad()
 def judge(args, model, test_images):
-    """Scores the images (N, 28, 28) in the --judge file, and as many random test images."""
-    real = features(model, test_images)
-    try:
-        arrays = {name: torch.tensor(array) for name, array in np.load(args.judge).items()}
-        labels = arrays.pop("labels", None)
-        sets = {name: features(model, images.to(real.device)) for name, images in arrays.items()}
-        sets["test images"] = real[torch.randperm(len(real))[: max(map(len, sets.values()))]]
-    except Exception as error:
-        sys.exit(f"--judge {args.judge} cannot be used: {error} (expected: a samples.npz)")
-    for name, z in sets.items():
-        certainty, classes = model.head(z).softmax(1).cpu().max(1)
+    """Score the images (N, 28, 28) of the --judge file, beside 1,000 test images.
+
+    The distance is to all test images, so that theirs comes out a little too small.
+    """
+    sets = dict(np.load(args.judge))
+    labels = sets.pop("labels", None)
+    sets["test images"] = test_images[torch.randperm(len(test_images))[:1000]]
+    real = read(model, test_images)
+    for name, images in sets.items():
+        z = read(model, torch.as_tensor(images, device=args.device))
+        certainty, digits = model.head(z).softmax(1).max(1)
         clear = (certainty > 0.95).float().mean()
-        print(f"{name}: {clear:.1%} clear (over 95% sure), "
-              f"Fréchet distance {frechet_distance(z, real):.2f}")
-        if labels is not None and name != "test images":
-            print(f"  {(classes == labels).float().mean():.1%} show the digit asked for")
+        distance = frechet_distance(z, real)
+        print(f"{name}: {clear:.1%} clear, Frechet distance {distance:.2f}")
+        if name == "images" and labels is not None:
+            right = (digits.cpu() == torch.tensor(labels)).float().mean()
+            print(f"  {right:.1%} show the digit asked for")
 
 
 # ---- Main and figures ----------------------------------------------------------------
 def main(argv=None):
     args = get_args(argv)
-    began = time.time()
-    device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    os.makedirs(args.out, exist_ok=True)
-    *data, source = load_data(args)
-    images, labels, test_images, test_labels = [tensor.to(device) for tensor in data]
-    model = VisionTransformer(patch_size=args.patch_size, pos=args.pos).to(device)
-    if args.load:
-        load_weights(args, model)
+    images, labels, test_images, test_labels, source = load_data(args)
+    model = VisionTransformer(patch_size=args.patch_size)
+    _, tokens, dim = model.pos_embed.shape
+    if args.pos == "sincos":
+        fix_positions(model, sincos_positions(tokens, dim))
+    if args.pos == "none":
+        fix_positions(model, torch.zeros(tokens, dim))
+    model.to(args.device)
+    load_weights(args, model)
     if args.judge:
         return judge(args, model, test_images)
     history = []
     try:
-        train(args, model, images, labels, history)
+        train(model, images, labels, args.epochs, args.batch_size, args.lr, history)
     except KeyboardInterrupt:
-        print("Training stopped early; saving and evaluating the current model.")
+        print("Training stopped early; the model is evaluated as it is.")
     save_model(args, model)
-    correct = model.head(features(model, test_images)).argmax(1) == test_labels
-    letters = few_shot(args, model, device)
-    results = {"accuracy (chance 0.1)": correct.float().mean().item(),
-               "accuracy on letters (chance 0.04)": letters}
-    plot_results(args, model, scale(test_images[:500]), history, letters)
-    print(json.dumps(results, indent=1))
-    save_metrics(args, results, history, source, began)
+    scores = model.head(read(model, test_images))
+    results = {
+        "accuracy (chance 0.1)": accuracy(scores, test_labels),
+        "on letters, by examples of each (chance 0.04)": few_shot(args, model),
+    }
+    save_metrics(args, results=results, history=history, data=source)
+    plot_results(args, model, to_float(test_images[:500]))
+
+
+def class_attention(attentions, patch_size):
+    """Return what the class token looks at in each layer, (L, B, H, W), at most 1."""
+    seen = torch.stack(attentions)[:, :, :, 0, 1:].mean(2)  # over heads: (L, B, N)
+    seen = seen / seen.amax(2, keepdim=True)
+    side = int(seen.shape[2] ** 0.5)
+    return F.interpolate(seen.unflatten(2, (side, side)), scale_factor=patch_size)
 
 
 @torch.no_grad()
-def plot_results(args, model, x, history, letters):
-    """Draws the loss, the accuracy on letters and, for test images x, attention and CKA."""
-    axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")[1].flatten()
-    axes[0].semilogy([row["step"] for row in history], [row["loss"] for row in history])
-    axes[0].set(xlabel="step", title="cross-entropy in nats (chance: ln 10 = 2.3)")
-    for way, accuracy in letters.items():
-        axes[1].semilogx(accuracy.keys(), accuracy.values(), "o-", label=way)
-    axes[1].set(xlabel="examples of each letter", title="accuracy on letters (chance 0.04)")
-    axes[1].legend()
+def plot_results(args, model, x):
+    """Plot attention for ten images, and how alike layers are on images x."""
     layers, attentions = model.encode(model.embed(x))
-    seen = torch.stack([attention[:10, :, 0, 1:].mean(1) for attention in attentions])  # (L, 10, N)
-    seen = (seen / seen.amax(2, keepdim=True)).unflatten(2, (28 // args.patch_size, -1))
-    seen = F.interpolate(seen, scale_factor=args.patch_size)  # (L, 10, 28, 28)
-    tiles = torch.cat([(x[:10] + 1) / 2, seen.view(-1, 1, 28, 28)])
-    show_grid(axes[2], tiles, seen.shape[1], "images; attention of the class token, layers 1 to L")
-    means = [z.mean(1) for z in layers]  # (B, 1 + N, D) -> (B, D), mean over tokens
-    plt.colorbar(axes[3].imshow([[cka(a, b) for a in means] for b in means], vmin=0, vmax=1))
-    axes[3].set(title="CKA: similarity of the layers z_0 to z_L")
+    seen = class_attention(attentions, args.patch_size)[:, :10]  # (L, 10, 28, 28)
+    tiles = torch.cat([(x[:10] + 1) / 2, seen.reshape(-1, 1, 28, 28)])
+    plt.figure(figsize=(11, 5), layout="constrained")
+    plt.subplot(1, 2, 1)
+    show_grid(tiles, 10, "images; attention of the class token, layers 1 to L")
+    plt.subplot(1, 2, 2)
+    means = [z.mean(1) for z in layers]  # over tokens: (B, D)
+    plt.imshow([[cka(a, b) for a in means] for b in means], vmin=0, vmax=1)
+    plt.title("CKA: similarity of the layers z_0 to z_L")
+    plt.colorbar()
     plt.savefig(f"{args.out}/results.png")
 
 
-# ---- Plumbing: data and files, the same in every script ----------------------------
-MIRRORS = ["https://ossci-datasets.s3.amazonaws.com/mnist/",
-           "https://storage.googleapis.com/cvdf-datasets/mnist/"]
-MNIST = {  # file name: SHA-256 of its unzipped content
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
+def show_grid(images, columns, title):
+    """Show images (N, C, H, W) in [0, 1], C = 1 or 3, as framed tiles."""
+    padding = [1, 1, 1, 1, 0, 0, 0, -len(images) % columns]  # a frame, and full rows
+    tiles = F.pad(images.cpu(), padding, value=0.5).movedim(1, 3)
+    rows = [np.hstack(row) for row in tiles.split(columns)]
+    plt.imshow(np.vstack(rows), "gray", vmin=0, vmax=1)
+    plt.title(title)
+    plt.axis("off")
 
 
-def pick_device(name):
-    """Returns the name of the device to compute on; "auto" picks the first that works."""
-    for device in ["cuda", "mps", "cpu"] if name == "auto" else [name]:
-        try:
-            torch.zeros(1, device=device)
-            return device
-        except Exception:
-            pass
-    sys.exit(f"--device {name} is not available on this machine; use --device auto")
+# ---- Drawn digits, for when MNIST is missing, the same in every script ---------------
+DIGITS = ("3c66666666663c001838181818183c003c66060c18307e003c66061c06663c00"  # 0 1 2 3
+          "3636367e060606007e607c0606663c001c30607c66663c007e060c0c18181800"  # 4 5 6 7
+          "3c66663c66663c003c66663e060c3800")  # 8 9: a byte for each of eight rows
 
 
-def download(path):
-    """Downloads an MNIST file from the first mirror that delivers it."""
-    for mirror in MIRRORS:
-        print(f"downloading {mirror}{path.name}")
-        try:
-            content = urllib.request.urlopen(mirror + path.name, timeout=10).read()
-            if hashlib.sha256(gzip.decompress(content)).hexdigest() == MNIST[path.stem]:
-                os.makedirs(path.parent, exist_ok=True)
-                Path(f"{path}.part").write_bytes(content)
-                return Path(f"{path}.part").rename(path)  # so that no partial file has that name
-        except Exception as error:
-            print(error)
+def draw_characters(count, font=DIGITS):
+    """Draw distorted characters: uint8 images (N, 28, 28) and labels (N,)."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(font), np.uint8))
+    glyphs = 255.0 * torch.tensor(bits).view(-1, 1, 8, 8)
+    labels = torch.randint(len(glyphs), [count])
+    affine = 1.4 * torch.eye(2, 3) + 0.2 * torch.randn(count, 2, 3)
+    grid = F.affine_grid(affine, [count, 1, 28, 28], False)
+    images = F.grid_sample(glyphs[labels], grid, align_corners=False)
+    return images[:, 0].byte(), labels
 
 
-def read_idx(path, may_download):
-    """Reads uint8 images (N, 28, 28) or labels (N,) from an IDX file, gzipped or not."""
-    if not path.exists():
-        path = Path(f"{path}.gz")
-    if may_download and not path.exists():
-        download(path)
-    content = path.read_bytes()
-    try:
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        shape = np.frombuffer(content, ">i4", content[3], 4)
-        array = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
-        return torch.tensor(array.reshape(shape))
-    except Exception as error:
-        sys.exit(f"cannot read {path}: {error}; delete or replace it")
+# ---- Plumbing: settings, data and files, the same in every script --------------------
+MNIST = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+         "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+
+
+def get_args(argv=None):
+    """Turn SETTINGS into flags (batch_size: --batch-size); [] gives the defaults."""
+    parser = argparse.ArgumentParser()
+    for name, (default, meaning, *choices) in SETTINGS.items():
+        kind = {"type": type(default), "choices": choices or None}
+        if default is False:
+            kind = {"action": "store_true"}
+        flag = f"--{name.replace('_', '-')}"
+        meaning = f"{meaning} (default: {default})"
+        parser.add_argument(flag, default=default, help=meaning, **kind)
+    args = parser.parse_args(argv)
+    if args.quick:  # flags on the command line win over QUICK
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        zero = value == 0 != SETTINGS[name][0] and name != "epochs"
+        if zero or str(value).startswith("-"):
+            parser.error(f"{name} cannot be {value}")
+    return args
 
 
 def load_data(args):
-    """Returns images uint8 (N, 28, 28) and labels (N,) to train and to test, and their source.
+    """Return uint8 images (N, 28, 28) and labels (N,) to train and to test, and a name.
 
-    Without --data it reads MNIST from $MNIST_DIR or data/mnist, or downloads it, or draws digits.
+    The four MNIST files are read from --data, $MNIST_DIR or data/mnist. Without --data,
+    missing files are downloaded, and where that fails, digits are drawn.
     """
     source = args.data or os.environ.get("MNIST_DIR") or "data/mnist"
     try:
-        data = [read_idx(Path(f"{source}/{name}"), not args.data) for name in MNIST]
-    except FileNotFoundError as error:
-        if args.data and args.data != "drawn":
-            sys.exit(f"--data needs the four MNIST files: {error}")
-        source = "drawn digits (not MNIST)"
-        data = [*draw_characters(args.train_size, 0), *draw_characters(2000, 1)]
-    print(f"data: {source}")
-    for images, labels in [data[:2], data[2:]]:
-        if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-            sys.exit(f"{source}: expected 28x28 images, each with a label from 0 to 9")
-    images, labels, test_images, test_labels = data
-    n = args.train_size
-    return images[:n], labels[:n].long(), test_images, test_labels.long(), source
-
-
-def draw_characters(count, seed, characters="0123456789"):
-    """Draws distorted characters of a font: uint8 (N, 28, 28), and their labels (N,)."""
-    points = np.mgrid[-6:22, 22:-6:-1].reshape(2, 784).T  # x and y of each pixel
-    inside = [TextPath((0, 0), c, size=22).contains_points(points) for c in characters]
-    glyphs = 255.0 * torch.tensor(np.stack(inside)).view(-1, 1, 28, 28).mT
-    random = torch.Generator().manual_seed(seed)
-    labels = torch.randint(len(characters), [count], generator=random)
-    affine = torch.eye(2, 3) + 0.15 * torch.randn(count, 2, 3, generator=random)
-    grid = F.affine_grid(affine, (count, 1, 28, 28), align_corners=False)
-    return F.grid_sample(glyphs[labels], grid, align_corners=False)[:, 0].byte(), labels
-
-
-def progress(step, steps, began, losses):
-    """Prints a progress line; stops the run if a loss is not finite."""
-    remaining = (time.time() - began) * (steps / step - 1)
-    values = [f"{name} {value:.4f}" for name, value in losses.items()]
-    print(f"step {step}/{steps}  {remaining / 60:.1f} min left ", *values, flush=True)
-    if not math.isfinite(sum(losses.values())):
-        sys.exit("The loss is not finite; try a lower --lr. No results have been written.")
-
-
-def show_grid(axes, images, columns, title):
-    """Shows images (N, C, H, W) in [0, 1], C = 1 or 3, as tiles of H + 2 by W + 2 pixels."""
-    images = F.pad(images.cpu().clamp(0, 1), [1] * 4, value=0.5)  # a gray frame
-    picture = torch.cat([torch.cat([*row], 2) for row in images.split(columns)], 1)
-    axes.imshow(picture.movedim(0, 2).expand(-1, -1, 3).numpy(), origin="upper")
-    axes.set(title=title, xticks=[], yticks=[])
-
-
-def load_weights(args, model):
-    """Loads the weights from --load; exits with torch's message if they do not fit."""
-    try:
-        checkpoint = torch.load(args.load, map_location="cpu", weights_only=True)
-        differ = sorted(checkpoint["settings"].items() - vars(args).items())
-        print(f"--load {args.load}: its settings that differ from this run's: {differ}")
-        model.load_state_dict(checkpoint["weights"])
+        data = [read_idx(Path(source, name), args.data) for name in MNIST]
     except Exception as error:
-        sys.exit(f"--load {args.load} cannot be used: {error}")
+        if args.data not in ["", "drawn"]:
+            raise SystemExit(f"cannot read --data {source}: {error}") from None
+        source = f"drawn digits, not MNIST ({args.data or error})"
+        data = [*draw_characters(args.train_size), *draw_characters(2000)]
+    print(f"data: {source}")
+    images, labels, *test = [tensor.to(args.device) for tensor in data]
+    return images[: args.train_size], labels[: args.train_size], *test, source
+
+
+def read_idx(path, own):
+    """Read an IDX file, gzipped or not, as a tensor; download it if it is missing."""
+    packed = Path(f"{path}.gz")
+    if path.exists():
+        raw = path.read_bytes()
+    elif own or packed.exists():
+        raw = gzip.decompress(packed.read_bytes())
+    else:
+        url = f"https://ossci-datasets.s3.amazonaws.com/mnist/{packed.name}"
+        print(f"downloading {url}")
+        raw = gzip.decompress(urllib.request.urlopen(url, timeout=10).read())
+        os.makedirs(path.parent, exist_ok=True)
+        path.write_bytes(raw)
+    shape = np.frombuffer(raw, ">i4", raw[3], 4)
+    array = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
+    return torch.tensor(array.reshape(shape))
 
 
 def save_model(args, model):
-    """Writes model.pt and removes the results of an earlier run from the folder."""
-    weights = model.state_dict()
-    if not all(weight.isfinite().all() for weight in weights.values()):
-        sys.exit("The weights are not finite. No file has been changed.")
-    for old in Path(args.out).iterdir():
-        if old.suffix in [".png", ".npz", ".json"]:
-            old.unlink()
-    torch.save({"settings": vars(args), "weights": weights}, f"{args.out}/model.pt")
+    """Write model.pt."""
+    os.makedirs(args.out, exist_ok=True)
+    part = f"{args.out}/model.part"
+    torch.save({"weights": model.state_dict(), "settings": vars(args)}, part)
+    os.replace(part, f"{args.out}/model.pt")
 
 
-def save_metrics(args, results, history, source, began):
-    """Writes metrics.json and says where the results are."""
-    seconds = time.time() - began
-    metrics = {"results": results, "settings": vars(args), "data": source, "history": history,
-               "seconds": seconds, "torch": torch.__version__}
-    Path(f"{args.out}/metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
-    print(f"{seconds / 60:.1f} minutes; data: {source}; results: {args.out}")
+def load_weights(args, model):
+    """Load the weights of --load, if it is given."""
+    if args.load:
+        saved = torch.load(args.load, map_location="cpu", weights_only=True)
+        model.load_state_dict(saved.get("weights", saved))
+
+
+def save_metrics(args, **metrics):
+    """Print the results, and write all metrics to metrics.json."""
+    metrics.update(settings=vars(args), torch=torch.__version__)
+    Path(args.out, "metrics.json").write_text(json.dumps(metrics, indent=1))
+    print(json.dumps(metrics["results"], indent=1))
+    print(f"data: {metrics['data']}; results: {args.out}")
 
 
 if __name__ == "__main__":
-    main(None if "__file__" in globals() else [])  # in a notebook: the defaults
+    main([] if "kernel_launcher" in sys.argv[0] else None)  # notebook: the defaults
