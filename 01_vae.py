@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 
 SETTINGS = {
-    "epochs": (12, "passes over the training images"),
+    "epochs": (12, "passes over the training images; 0: none"),
     "batch_size": (128, "images per step"),
     "lr": (4e-3, "highest learning rate"),
     "latent_dim": (20, "number of latents, the size of z"),
@@ -219,7 +219,7 @@ def plot_images(args, model, x):
     z = torch.randn(9, 9, args.latent_dim, device=x.device)
     x_hat = model.decoder(torch.cat([lines, z], 1).flatten(0, 1))  # (153, 784)
     tiles = torch.cat([x[:9, None], x_hat.view(9, 17, 784)], 1)
-    plt.figure(figsize=(12, 6.5), layout="constrained")
+    plt.figure(figsize=(12, 7))
     show_grid(tiles.view(-1, 1, 28, 28), 18, "x; from x̂ to the x̂ below; samples")
     plt.savefig(f"{args.out}/images.png")
 
@@ -244,7 +244,7 @@ def draw_characters(count, font=DIGITS):
     """Draw distorted characters: uint8 images (N, 28, 28) and labels (N,)."""
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(font), np.uint8))
     glyphs = 255.0 * torch.tensor(bits).view(-1, 1, 8, 8)
-    labels = torch.randint(len(glyphs), [count])
+    labels = torch.arange(count) % len(glyphs)  # each as often as the others
     affine = 1.4 * torch.eye(2, 3) + 0.2 * torch.randn(count, 2, 3)
     grid = F.affine_grid(affine, [count, 1, 28, 28], False)
     images = F.grid_sample(glyphs[labels], grid, align_corners=False)
@@ -271,7 +271,8 @@ def get_args(argv=None):
         parser.set_defaults(**QUICK)
         args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        zero = value == 0 != SETTINGS[name][0] and name != "epochs"
+        default, meaning, *_ = SETTINGS[name]
+        zero = value == 0 != default and "0:" not in meaning
         if zero or str(value).startswith("-"):
             parser.error(f"{name} cannot be {value}")
     return args

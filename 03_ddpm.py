@@ -16,7 +16,7 @@ back: guess the image, step a little towards it, add a little fresh noise, repea
 Expect  L_simple below 0.025; chain.png: noise becomes digits.
 Read    `Diffusion` and `train`: they are DDPM.
 Try     easy: --T 100 --out out/T100. How many steps does a digit need?
-        medium: the cosine schedule (arXiv:2102.09672, eq. 17), β_t at most 0.999.
+        medium: in `Diffusion`, the cosine schedule (arXiv:2102.09672, eq. 17).
         harder: add an embedding of the label y to `emb`; then `sample` takes
         `lambda x, t: model(x, t, y)` as its model.
 Paper   Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 
 SETTINGS = {
-    "epochs": (8, "passes over the training images"),
+    "epochs": (8, "passes over the training images; 0: none"),
     "batch_size": (32, "images per step"),
     "lr": (2e-3, "highest learning rate"),
     "T": (1000, "steps from image to noise"),
@@ -393,7 +393,7 @@ def draw_characters(count, font=DIGITS):
     """Draw distorted characters: uint8 images (N, 28, 28) and labels (N,)."""
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(font), np.uint8))
     glyphs = 255.0 * torch.tensor(bits).view(-1, 1, 8, 8)
-    labels = torch.randint(len(glyphs), [count])
+    labels = torch.arange(count) % len(glyphs)  # each as often as the others
     affine = 1.4 * torch.eye(2, 3) + 0.2 * torch.randn(count, 2, 3)
     grid = F.affine_grid(affine, [count, 1, 28, 28], False)
     images = F.grid_sample(glyphs[labels], grid, align_corners=False)
@@ -420,7 +420,8 @@ def get_args(argv=None):
         parser.set_defaults(**QUICK)
         args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        zero = value == 0 != SETTINGS[name][0] and name != "epochs"
+        default, meaning, *_ = SETTINGS[name]
+        zero = value == 0 != default and "0:" not in meaning
         if zero or str(value).startswith("-"):
             parser.error(f"{name} cannot be {value}")
     return args

@@ -267,11 +267,11 @@ def test_flags_come_from_the_table(script, capsys):
 
 def test_a_new_setting_is_one_line(monkeypatch):
     monkeypatch.setitem(first.SETTINGS, "kind_of_loss", ("l2", "which loss", "l1", "l2"))
-    monkeypatch.setitem(first.SETTINGS, "beta", (4.0, "weight of the KL"))
+    monkeypatch.setitem(first.SETTINGS, "beta", (4.0, "weight of the KL; 0: none"))
     monkeypatch.setitem(first.SETTINGS, "free", (False, "switch"))
     args = first.get_args(["--kind-of-loss", "l1", "--beta", "2", "--free"])
     assert (args.kind_of_loss, args.beta, args.free) == ("l1", 2.0, True)
-    assert first.get_args([]).free is False
+    assert first.get_args([]).free is False and first.get_args(["--beta", "0"]).beta == 0
     with pytest.raises(SystemExit):
         first.get_args(["--kind-of-loss", "l3"])
 
