@@ -214,13 +214,13 @@ def evaluate(model, x):
 def plot_images(args, model, x):
     """Show images x, the way from each to the one below in z, and samples x̂(z)."""
     mu, _ = model.encode(x[:10])
-    w = torch.arange(8, device=x.device)[:, None] / 7
+    w = torch.arange(8).to(x)[:, None] / 7
     lines = (1 - w) * mu[:-1, None] + w * mu[1:, None]  # (9, 8, latent_dim)
-    z = torch.randn(9, 9, args.latent_dim, device=x.device)
+    z = torch.randn(9, 9, args.latent_dim).to(x)
     x_hat = model.decoder(torch.cat([lines, z], 1).flatten(0, 1))  # (153, 784)
     tiles = torch.cat([x[:9, None], x_hat.view(9, 17, 784)], 1)
-    plt.figure(figsize=(12, 7))
-    show_grid(tiles.view(-1, 1, 28, 28), 18, "x; from x̂ to the x̂ below; samples")
+    plt.figure(figsize=(12, 6.3), layout="constrained")
+    show_grid(tiles.view(-1, 1, 28, 28), 18, "x; from x̂ to the next x̂; samples")
     plt.savefig(f"{args.out}/images.png")
 
 

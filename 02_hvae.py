@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 
 SETTINGS = {
-    "epochs": (10, "passes over the training images for each model; 0: none"),
+    "epochs": (12, "passes over the training images for each model; 0: none"),
     "batch_size": (128, "images per step"),
     "lr": (4e-3, "highest learning rate"),
     "latent_dim": (20, "numbers in z1 and in z2"),

@@ -17,7 +17,7 @@ Expect  L_simple below 0.025; chain.png: noise becomes digits.
 Read    `Diffusion` and `train`: they are DDPM.
 Try     easy: --T 100 --out out/T100. How many steps does a digit need?
         medium: in `Diffusion`, the cosine schedule (arXiv:2102.09672, eq. 17).
-        harder: add an embedding of the label y to `emb`; then `sample` takes
+        harder: add an embedding of y.long(), the label, to `emb`; then `sample` takes
         `lambda x, t: model(x, t, y)` as its model.
 Paper   Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, arXiv:2006.11239
 Text    拡散モデルの理論, sections 8.2 to 8.4; ex. and eq. 5.x: 第5章 演習問題の解答
@@ -70,9 +70,9 @@ class Diffusion:
         if T <= 20:
             raise ValueError("T must be above 20, so that β_T = 20 / T is below 1")
         beta = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)
-        beta = F.pad(beta, (1, 0)).view(-1, 1, 1, 1)  # β_0 = 0, so that beta[t] is β_t
+        beta = F.pad(beta, (1, 0)).view(-1, 1, 1, 1)  # put β_0 = 0 in front of β_1
         bar = torch.cumprod(1 - beta, 0)  # ᾱ_t = (1 - β_1) ... (1 - β_t), and ᾱ_0 = 1
-        before = bar.roll(1, 0)  # ᾱ_{t-1}
+        before = bar.roll(1, 0)  # ᾱ_{t-1}, for t >= 1
         self.beta = beta
         self.signal = bar.sqrt()  # x_t = signal x_0 + noise ε
         self.noise = (1 - bar).sqrt()
@@ -80,7 +80,7 @@ class Diffusion:
         self.from_xt = (1 - beta).sqrt() * (1 - before) / (1 - bar)  # + from_xt x_t
         self.beta_tilde = beta * (1 - before) / (1 - bar)  # β̃_t, variance around μ̃_t
         self.variance = beta  # σ_t² of p_θ; or beta_tilde, if its 0 at t = 1 is mended
-        for name, table in vars(self).items():
+        for name, table in vars(self).items():  # so far, there are only tables
             setattr(self, name, table.float().to(device))
         self.T = T
 
@@ -89,7 +89,10 @@ class Diffusion:
         return self.signal[t] * x0 + self.noise[t] * eps
 
     def predict_x0(self, model, x_t, t):
-        """Return x̂_0, the image that the network sees in x_t (DDPM eq. 15)."""
+        """Return x̂_0, the image that the network sees in x_t (DDPM eq. 15).
+
+        What the network predicts is decided here and in the loss of `train`.
+        """
         x0 = (x_t - self.noise[t] * model(x_t, t)) / self.signal[t]
         return x0.clamp(-1, 1)  # at large t, errors are divided by almost 0
 
@@ -205,7 +208,7 @@ def train(args, diffusion, model, images, history):
             t = torch.randint(1, diffusion.T + 1, [len(x0)], device=x0.device)
             eps = torch.randn_like(x0)
             x_t = diffusion.q_sample(x0, t, eps)
-            loss = (eps - model(x_t, t)).square().mean()  # L_simple (eq. 5.36)
+            loss = (eps - model(x_t, t)).square().mean()  # L_simple; see predict_x0
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -271,7 +274,7 @@ def discretized_log_likelihood(x0, mean, std):
 
 
 def dropped_weight(diffusion, t):
-    """The weight of ‖ε - ε_θ‖² in L_{t-1} (ex. 5.6; for t = 1, ex. 5.5)."""
+    """Return the weight of ‖ε - ε_θ‖² in L_{t-1} (ex. 5.6; for t = 1, ex. 5.5)."""
     beta = diffusion.beta[t]
     return beta**2 / (2 * diffusion.variance[t] * (1 - beta) * diffusion.noise[t] ** 2)
 
