@@ -124,12 +124,12 @@ def to_float(images):
 
 def train(args, model, images, history):
     """Maximize the ELBO on uint8 images (N, 28, 28); fill `history` with -ELBO."""
-    model.train()
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps + 1)
     losses, began = [], time.time()
     for epoch in range(args.epochs):
+        model.train()
         shuffled = torch.randperm(len(images), device=images.device)
         for batch in shuffled.split(args.batch_size):
             reconstruction, kl = model.elbo(to_float(images[batch]))

@@ -135,7 +135,6 @@ def to_float(images):
 
 def train(args, model, images, history, J3_term=sampled_J3):
     """Maximize J1 + J2 + J3 on uint8 images (N, 28, 28); fill `history`."""
-    model.train()
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -143,6 +142,7 @@ def train(args, model, images, history, J3_term=sampled_J3):
     )  # high early: once σ is small, a high rate makes the loss explode
     losses, began = [], time.time()
     for epoch in range(args.epochs):
+        model.train()
         shuffled = torch.randperm(len(images), device=images.device)
         for batch in shuffled.split(args.batch_size):
             terms = model.elbo(to_float(images[batch]), J3_term)

@@ -194,7 +194,6 @@ def to_float(images):
 
 def train(args, diffusion, model, images, history):
     """Train with Algorithm 1 of DDPM on uint8 images (N, H, W); fill `history`."""
-    model.train()
     optimizer = torch.optim.Adam(
         model.parameters(), args.lr, betas=(0.9, 0.99), fused=True
     )
@@ -202,6 +201,7 @@ def train(args, diffusion, model, images, history):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps + 1)
     losses, began = [], time.time()
     for epoch in range(args.epochs):
+        model.train()
         shuffled = torch.randperm(len(images), device=images.device)
         for batch in shuffled.split(args.batch_size):
             x0 = to_float(images[batch])

@@ -5,19 +5,19 @@
     z_l = MLP(LN(z'_l)) + z'_l                    eq. 3: an MLP          Block
     y = LN(z_L^class)                             eq. 4: the read-out    features
 
-Cut an image into 16 patches, and turn each into a vector, a token. In each block the
+Cut a digit into 4x4 patches, and turn each into a vector: a token. In each block the
 tokens ask each other what they know (attention), then each thinks for itself (the MLP).
 One more token, the class token, collects the answer. Only the positions E_pos say where
 a patch was.
 
     python 04_vit.py                                    4 minutes on two CPU cores
     python 04_vit.py --epochs 6 --train-size 10000      a shorter run
-    python 04_vit.py --quick                            a smoke test: accuracy by chance
+    python 04_vit.py --quick                            a smoke test: near chance
 
-Expect  99.3% of test digits (chance 10%); results.png.
+Expect  99.3% test accuracy (chance 10%); results.png.
 Read    `Attention`, `Block` and `VisionTransformer`; the rest can wait.
 Try     easy: --patch-size 14, then 4. What is gained, and what does it cost?
-        medium: in `embed`, permute the patches of all images alike. Does it matter?
+        medium: in `embed`, reorder the patches in one fixed way. Does it matter?
         harder: a masked autoencoder: `encode` some tokens of `embed`, predict the rest.
 Paper   Dosovitskiy et al.: An Image is Worth 16x16 Words, arXiv:2010.11929
 Texts   【読書記録】Vision Transfoer入門; 第5章 演習問題の解答, ex. 5.1
@@ -32,6 +32,7 @@ import os
 import sys
 import time
 import urllib.request
+from collections import OrderedDict
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads yield their cores
@@ -65,6 +66,7 @@ class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D), and who looks at whom.
 
     Row i of the attention (B, h, N, N) says how much token i takes from each token.
+    Equations 5 to 8 are in appendix A of the ViT paper.
     """
 
     def __init__(self, dim, num_heads):
@@ -91,16 +93,18 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.ModuleDict(
-            {"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)}
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                fc1=nn.Linear(dim, 4 * dim),
+                act=nn.GELU(),
+                fc2=nn.Linear(4 * dim, dim),
+            )
         )
 
     def forward(self, z):
         out, attention = self.attn(self.norm1(z))
         z = z + out  # eq. 2
-        hidden = F.gelu(self.mlp.fc1(self.norm2(z)))  # (B, N, 4D)
-        z = z + self.mlp.fc2(hidden)  # eq. 3
-        return z, attention
+        return z + self.mlp(self.norm2(z)), attention  # eq. 3
 
 
 class VisionTransformer(nn.Module):
@@ -126,7 +130,7 @@ class VisionTransformer(nn.Module):
         tokens = 1 + (img_size // patch_size) ** 2
         self.patch_embed = nn.ModuleDict(
             {"proj": nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)}
-        )  # E
+        )  # kernel = stride: one linear map E of each patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
@@ -156,7 +160,7 @@ class VisionTransformer(nn.Module):
         layers, _ = self.encode(self.embed(x))
         return self.norm(layers[-1][:, 0])
 
-    def forward(self, x):
+    def forward(self, x):  # `read` calls `features`: change the model there
         return self.head(self.features(x))
 
 
@@ -168,7 +172,7 @@ def to_float(images):
 
 
 def jitter(x):
-    """Distort each image (B, 1, H, W) by a random affine map, for the ViT to ignore."""
+    """Distort each image (B, 1, H, W) by a random affine map, to be ignored."""
     affine = 0.05 * torch.randn(len(x), 2, 3, device=x.device)
     affine += torch.eye(2, 3, device=x.device)
     grid = F.affine_grid(affine, x.shape, False)
@@ -177,16 +181,16 @@ def jitter(x):
 
 def train(model, images, labels, epochs, batch_size, lr, history):
     """Minimize the cross-entropy on jittered uint8 images (N, H, W)."""
-    model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     steps = epochs * math.ceil(len(images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1)
     losses, began = [], time.time()
     for epoch in range(epochs):
+        model.train()
         shuffled = torch.randperm(len(images), device=images.device)
         for batch in shuffled.split(batch_size):
-            logits = model(jitter(to_float(images[batch])))
-            loss = F.cross_entropy(logits, labels[batch])
+            x = jitter(to_float(images[batch]))
+            loss = F.cross_entropy(model(x), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -215,19 +219,22 @@ def read(model, images):
 
 
 def accuracy(scores, labels):
-    """Return the share of scores (N, K) that are highest at the label (N,)."""
+    """Return how often scores (N, K) are highest at the label (N,)."""
     return (scores.argmax(1) == labels).float().mean().item()
 
 
 # ---- Second lesson: fixed positions, or none (you can skip it) -----------------------
 def sincos_positions(count, dim):
-    """Return sin and cos of t / 10000^(2i/dim) in row t, columns 2i and 2i + 1."""
+    """Return sin and cos of t / 10000^(2i/dim) in row t, columns 2i and 2i + 1.
+
+    Tokens are counted in reading order; the class token is t = 0.
+    """
     angles = torch.arange(count)[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
     return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)  # (count, dim)
 
 
 def fix_positions(model, pos):
-    """Hold the positions of a model at sines and cosines, or at none (zeros)."""
+    """Freeze a model's positions at sines and cosines, or at zero (none)."""
     model.pos_embed.requires_grad_(False).zero_()
     if pos == "sincos":
         model.pos_embed += sincos_positions(*model.pos_embed[0].shape)
@@ -236,7 +243,7 @@ def fix_positions(model, pos):
 # ---- Third lesson: few-shot learning (you can skip it) -------------------------------
 # A model that can read digits has features that also tell letters apart. The cheapest
 # way to use them is least squares: a closed form, exact and fast (ex. 5.1). Fine-tuning
-# changes the whole network, which pays once there are more examples.
+# changes the whole network, which pays off with more examples.
 LETTERS = (
     "3c66667e666666007c66667c66667c003c66606060663c00786c6666666c7800"  # A B C D
     "7e60607c60607e007e60607c606060003c66606e66663e006666667e66666600"  # E F G H
@@ -289,7 +296,7 @@ def cka(x, y):
 def frechet_distance(x, y):
     """Return ‖m_x - m_y‖² + tr(C_x + C_y - 2 (C_x C_y)^½) of features (N, D), (M, D).
 
-    This is the squared distance of two Gaussians, as in FID (Heusel et al.: GANs
+    This is the squared distance between two Gaussians, as in FID (Heusel et al.: GANs
     Trained by a Two Time-Scale Update Rule, arXiv:1706.08500, eq. 6). The trace of a
     root is the sum of the roots of the eigenvalues.
     """
@@ -302,10 +309,12 @@ def frechet_distance(x, y):
 
 @torch.no_grad()
 def judge(args, model, test_images):
-    """Score the images (N, 28, 28) of the --judge file, beside every ninth test image.
+    """Score the images (N, 28, 28) of the --judge file, and every ninth test image.
 
-    The distance is to all test images, so that theirs comes out a little too small.
+    All test images are the reference, so that their own ninth gets too small a
+    distance. Compare sets of one size: fewer images have a larger distance.
     """
+    assert args.load, "--judge needs a trained model: add --load"
     sets = dict(np.load(args.judge))
     labels = sets.pop("labels", None)
     sets["test images"] = test_images[::9]
@@ -345,7 +354,7 @@ def main(argv=None):
 
 
 def class_attention(attention, patch_size):
-    """Return what the class token looks at, (B, 1, 28, 28), at most 1."""
+    """Return what the class token looks at, (B, 1, 28, 28), scaled to at most 1."""
     seen = attention[:, :, 0, 1:].mean(1)  # over heads: (B, N)
     seen = seen / seen.amax(1, keepdim=True)
     seen = seen.view(-1, 1, 28 // patch_size, 28 // patch_size)
@@ -362,7 +371,7 @@ def plot_results(args, model, x):
     title = "what the class token looks at, layers 1 to L"
     show_grid(torch.cat([(x[:10] + 1) / 2, *maps]), 10, title)
     plt.subplot(1, 2, 2)
-    means = [z.mean(1) for z in layers]  # over tokens: (B, D)
+    means = [z.mean(1) for z in layers]  # of all tokens: (B, D)
     plt.imshow([[cka(a, b) for a in means] for b in means], vmin=0, vmax=1)
     plt.title("CKA: similarity of the layers z_0 to z_L")
     plt.colorbar()

@@ -1,25 +1,25 @@
 """Attention rollout: where does a Vision Transformer look, and is that map right?
 
-    W(l)                                mean attention of layer l   merge_heads
-    A(l) = (W(l) + I) / 2               I: the skip connection      Block
-    Ã(1) = A(1), Ã(l) = A(l) Ã(l-1)     what token took from what   attention_rollout
-    map                                 the class token's row       patch_map
+    W(l)                               mean attention of layer l       merge_heads
+    A(l) = (W(l) + I) / 2              I: the skip connection          Block
+    Ã(1) = A(1), Ã(l) = A(l) Ã(l-1)    how much of j is in token i     attention_rollout
+    map                                the class token's row           patch_map
 
 A Vision Transformer reads a digit among pieces of other digits. Its class token
-answers, so: how much of each patch has arrived there? Rollout multiplies the attention
-of all layers. We know where the digit is, so a map can be measured: does its strongest
+answers, so how much of each patch has reached it? Rollout multiplies the attention of
+all layers. We know where the digit is, so a map can be measured: does its strongest
 patch touch the digit (pointing)? How much of it lies there (mass)? How fast does the
 answer fall when the strongest patches go black (deletion)?
 
     python 07_rollout.py            7 minutes on two CPU cores
-    python 07_rollout.py --quick    a smoke test; --epochs 6 --train-size 10000 is short
+    python 07_rollout.py --quick    a smoke test; --epochs 6 --train-size 10000: short
 
-Expect  Rollout points at the digit in 100% of scenes, the last layer in 44%. But before
-        training it does in 72%: a good map is not yet an explanation. See maps.png.
+Expect  Rollout points at the digit in 100% of scenes, the last layer in 44%. Untrained,
+        rollout still gets 72%: a good map need not explain. See measures.png.
 Read    `attention_rollout` and `explain`.
-Try     easy: --clutter 12. Which maps get worse?
+Try     easy: --clutter 12 --out out/clutter12. Which maps get worse?
         medium: one more line in `explain`: rollout of head 0 alone.
-        harder: `explain` the trained model of 04_vit.py.
+        harder: `explain` the trained model of 04_vit.py, in a script of your own.
 Paper   Abnar, Zuidema: Quantifying Attention Flow in Transformers, arXiv:2005.00928
 Text    第5章 演習問題の解答, ex. 5.2
 """
@@ -63,14 +63,16 @@ QUICK = {"epochs": 3, "train_size": 512, "measured": 50}
 def merge_heads(attention):
     """Return W (B, N, N), the mean over the heads of attention (B, h, N, N)."""
     W = attention.mean(1)
-    return W / W.sum(2, keepdim=True)  # rows sum to 1, also for a maximum over heads
+    # Rows sum to 1, whatever is done to heads: a maximum, or entries set to 0.
+    return W / W.sum(2, keepdim=True).clamp(min=1e-12)
 
 
 def attention_rollout(attentions, kept=0.5):
-    """Return Ã(L) (B, N, N); row i says what token i took from each input token.
+    """Return Ã(L) (B, N, N); row i says how much of each input token is in token i.
 
-    `kept` is the share that a token keeps of itself: ½ for the skip connection (ex.
-    5.2), 0 to forget that there is one.
+    Entry (i, j) of a matrix product is a sum over all paths from j to i. `kept` is the
+    share that a token keeps of itself: by convention ½, for the skip connection (ex.
+    5.2); 0 ignores it. The MLP mixes no tokens, and is left out.
     """
     identity = torch.eye(attentions[0].shape[3]).to(attentions[0])
     rollout = identity
@@ -83,11 +85,12 @@ def attention_rollout(attentions, kept=0.5):
 def gradient_rollout(attentions, logits):
     """Return R (B, N, N): rollout of the attention that raises the highest logit.
 
-    R <- R + E_h[max(0, ∇a ⊙ a)] R, with the attention a of a layer and the gradient ∇a
-    of the highest logit (Chefer, Gur, Wolf: Generic Attention-model Explainability,
-    arXiv:2103.15679, eq. 5 and 6).
+    R <- R + E_h[max(0, ∇a ⊙ a)] R, with the mean over heads E_h, the attention a of a
+    layer, and the gradient ∇a of the highest logit (Chefer, Gur, Wolf: Generic
+    Attention-model Explainability, arXiv:2103.15679, eq. 5 and 6).
     """
-    gradients = torch.autograd.grad(logits.amax(1).sum(), attentions)
+    top = logits.amax(1).sum()
+    gradients = torch.autograd.grad(top, attentions, retain_graph=True)
     R = torch.eye(attentions[0].shape[3]).to(logits)
     for attention, gradient in zip(attentions, gradients):
         R = R + (gradient * attention).clamp(min=0).mean(1) @ R
@@ -101,9 +104,13 @@ def patch_map(matrix):
 
 
 def explain(model, x):
-    """Return maps (B, N) of where the model looks in x (B, 1, H, W), by name."""
+    """Return maps (B, N) of where the model looks in x (B, 1, H, W), by name.
+
+    model.look(x) returns logits and the attention of each layer, with token 0 as the
+    class token.
+    """
     model.eval()
-    x = x.detach().requires_grad_()  # so that a frozen model has gradients too
+    x = x.detach().requires_grad_()  # gives even a frozen model gradients
     logits, attentions = model.look(x)
     W = torch.stack([merge_heads(attention) for attention in attentions])
     matrices = {
@@ -121,6 +128,7 @@ class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D), and who looks at whom.
 
     Row i of the attention (B, h, N, N) says how much token i takes from each token.
+    Equations 5 to 8 are in appendix A of the ViT paper.
     """
 
     def __init__(self, dim, num_heads):
@@ -210,10 +218,10 @@ def paste(canvas, pictures, top, left):
 
 
 def scenes(digits, pool, clutter=4):
-    """Put each digit, uint8 (B, 28, 28), at a random place, among pieces of the pool's.
+    """Put each digit, uint8 (B, 28, 28), at a random place among scraps of the pool.
 
-    Returns scenes (B, 1, 48, 48) in [-1, 1], and boxes (B, 4) of the digits' ink: top,
-    left, bottom, right in pixels.
+    Returns scenes (B, 1, 48, 48), black at -1 and white at 1, and boxes (B, 4) of the
+    digits' ink: top, left, bottom, right in pixels.
     """
     assert digits.dtype == torch.uint8, "expected a uint8 tensor, pixels in 0..255"
     B, device = len(digits), digits.device
@@ -239,12 +247,12 @@ def scenes(digits, pool, clutter=4):
 # ---- Training ------------------------------------------------------------------------
 def train(args, model, images, labels, history):
     """Minimize the cross-entropy on new scenes of uint8 images (N, 28, 28)."""
-    model.train()
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     steps = args.epochs * math.ceil(len(images) / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps + 1)
     losses, began = [], time.time()
     for epoch in range(args.epochs):
+        model.train()
         shuffled = torch.randperm(len(images), device=images.device)
         for batch in shuffled.split(args.batch_size):
             x, _ = scenes(images[batch], images, args.clutter)
@@ -270,11 +278,12 @@ def progress(history, losses, steps, began):
 
 
 # ---- Second lesson: is a map right? (you can skip it) --------------------------------
-# Three measures, each with its weak side: pointing looks at one patch only, mass favors
-# small maps, and deletion shows the model scenes unlike any that it was trained on. So
-# they are also taken of maps that come from no model (brightness, called ink; random
-# numbers; the box itself), and of the model before training.
-FRACTIONS = [(i / 6) ** 2 for i in range(7)]  # 0, 1, 4, 9, ... of 36 patches
+# Three measures, each with a weakness: pointing looks at one patch only, mass favors
+# sharp maps, and deletion (the area under the curve: lower is better) shows the model
+# scenes unlike any that it was trained on. So we also measure maps that come from no
+# model (brightness, called ink; random numbers; the box itself), and a model before
+# training, whose deletion says nothing, because it is always at chance.
+FRACTIONS = [(i / 6) ** 2 for i in range(7)]  # 0, 1, 4, 9, ... of 36: dense at first
 
 
 def to_pixels(maps):
@@ -305,7 +314,7 @@ def mass(maps, inside):
 
 @torch.no_grad()
 def deletion(model, x, labels, maps):
-    """Return p(right class), (B, K), with K fractions of the best patches black."""
+    """Return p(right class), (B, K), as more of the strongest patches go black."""
     order = maps.argsort(dim=1, descending=True, stable=True)
     curve = []
     for fraction in FRACTIONS:
@@ -317,14 +326,14 @@ def deletion(model, x, labels, maps):
 
 
 def measure(model, x, labels, boxes):
-    """Return the three measures and the curve of deletion, by the name of the map."""
+    """Return the three measures and the curve of deletion, by map name."""
     maps, inside = explain(model, x), overlap(boxes)
     maps["ink"] = F.avg_pool2d(x + 1, 8).flatten(1)
     maps["random"] = torch.rand_like(inside)
     maps["the box"] = inside
     results = {}
     for name, values in maps.items():
-        assert (values >= 0).all(), f"the map {name} has values below 0"
+        assert (values >= 0).all(), f"the map {name} is negative or NaN"
         curve = deletion(model, x, labels, values).mean(0).cpu()
         results[name] = {
             "pointing": pointing(values, inside).mean().item(),
@@ -350,6 +359,7 @@ def main(argv=None):
         print("Training stopped early; the model is evaluated as it is.")
     save_model(args, model)
     model.eval()
+    torch.manual_seed(args.seed)  # the same scenes for a model that is loaded
     x, boxes = scenes(test_images, test_images, args.clutter)
     with torch.no_grad():
         answers = torch.cat([model(batch).argmax(1) for batch in x.split(500)])
@@ -359,7 +369,7 @@ def main(argv=None):
     results["untrained"] = measure(untrained, *data)
     save_metrics(args, results=results, history=history, data=source)
     plot_measures(args, results)
-    plot_maps(args, x[:8], boxes[:8], explain(model, x[:8]))
+    plot_maps(args, x[:8], explain(model, x[:8]))
 
 
 def plot_measures(args, results):
@@ -375,22 +385,22 @@ def plot_measures(args, results):
     plt.subplot(1, 3, 3)
     for name, row in results["trained"].items():
         plt.plot(FRACTIONS, row["curve"], ".-", label=name)
-    plt.xlabel("fraction of patches that are black, strongest first")
+    plt.xlabel("fraction of patches blackened, strongest first")
     plt.ylabel("probability of the right class")
     plt.legend()
     plt.savefig(f"{args.out}/measures.png")
 
 
-def plot_maps(args, x, boxes, maps):
-    """Show scenes x (B, 1, 48, 48), the boxes, and maps (B, 36), each at most 1."""
+def plot_maps(args, x, maps):
+    """Show scenes x (B, 1, 48, 48) and maps (B, 36), each scaled to at most 1."""
     x = (x + 1) / 2
-    columns = [x, to_pixels((overlap(boxes) > 0).float())]
+    columns = [x]
     for values in maps.values():
         light = to_pixels(values / values.amax(1, keepdim=True).clamp(min=1e-30))
         columns.append(light * (0.3 + 0.7 * x))
     tiles = torch.stack(columns, 1).flatten(0, 1)
-    plt.figure(figsize=(10, 11), layout="constrained")
-    show_grid(tiles, len(columns), "scene, box, " + ", ".join(maps))
+    plt.figure(figsize=(9, 12), layout="constrained")
+    show_grid(tiles, len(columns), "scene, " + ", ".join(maps))
     plt.savefig(f"{args.out}/maps.png")
 
 

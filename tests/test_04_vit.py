@@ -369,7 +369,7 @@ def judged(tmp_path, capsys):
     model.head.weight.data *= 3
     test_images, _ = vit.draw_characters(2000)
     path = tmp_path / "samples.npz"
-    args = vit.get_args(["--judge", str(path), "--device", "cpu"])
+    args = vit.get_args(["--load", "x", "--judge", str(path), "--device", "cpu"])
 
     def scores(**arrays):
         np.savez(path, **arrays)

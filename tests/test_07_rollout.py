@@ -94,41 +94,40 @@ def test_rows_sum_to_one_and_images_stay_apart(kept):
 def test_heads_are_averaged_and_rows_sum_to_one_whatever_is_done_to_them():
     A = attention()[0]
     torch.testing.assert_close(rollout.merge_heads(A), A.mean(1))
-    halved = rollout.merge_heads(A * torch.rand(2, 1, 7, 1))  # such as after dropping entries
-    torch.testing.assert_close(halved.sum(2), torch.ones(2, 7, dtype=torch.float64))
+    some = rollout.merge_heads(A * (torch.rand(2, 1, 7, 7) > 0.8))  # most entries dropped
+    sums = some.sum(2)
+    assert some.isfinite().all() and ((sums - 1).abs().minimum(sums) < 1e-9).all()
 
 
 def test_gradient_rollout_is_that_of_finite_differences():
-    torch.manual_seed(0)
+    """Each entry of each attention is moved a little: the N entries of a row as one batch."""
     model, x = network(2), canvas(1)
     logits, maps = model.look(x)
-    classes = logits.argmax(1)
+    chosen, N = logits.argmax(1).item(), 37
     found = rollout.gradient_rollout(maps, logits)
 
-    def logit(shift, layer, place):
-        """The chosen logits when one entry of one layer's attention is moved by `shift`."""
-        z = model.stem(x).flatten(2).transpose(1, 2)
-        z = torch.cat([model.cls_token, z], 1) + model.pos_embed
-        for i, block in enumerate(model.blocks):
-            v = block.attn.qkv(block.norm1(z)).view(1, -1, 3, 2, 8)[:, :, 2]
-            A = maps[i].detach().clone() if i == layer else block.attn(block.norm1(z))[1]
-            if i == layer:
-                A[(slice(None), *place)] += shift
+    def moved(shift, layer, h, i):
+        """The highest logit, with entry (h, i, j) of one attention moved, for all j: (N,)."""
+        z = torch.cat([model.cls_token, model.stem(x).flatten(2).transpose(1, 2)], 1)
+        z = (z + model.pos_embed).expand(N, N, 16)
+        for k, block in enumerate(model.blocks):
+            v = block.attn.qkv(block.norm1(z)).view(N, N, 3, 2, 8)[:, :, 2]
+            A = maps[k].repeat(N, 1, 1, 1) if k == layer else block.attn(block.norm1(z))[1]
+            if k == layer:
+                A[:, h, i] += shift * torch.eye(N)
             z = z + block.attn.proj(torch.einsum("bhnm,bmhd->bnhd", A, v).flatten(2))
             z = z + block.mlp(block.norm2(z))
-        return model.head(model.norm(z[:, 0]))[0, classes]
+        return model.head(model.norm(z[:, 0]))[:, chosen]
 
-    N = maps[0].shape[-1]
-    R = torch.eye(N, dtype=torch.float64).expand(1, N, N)
+    R = torch.eye(N, dtype=torch.float64)
     with torch.no_grad():
         for layer in range(2):
-            gradient = torch.zeros_like(maps[layer])
+            gradient = torch.zeros(2, N, N, dtype=torch.float64)
             rows = range(N) if layer == 0 else [0]  # of the last layer only the class token's
-            for place in ((h, i, j) for h in range(2) for i in rows for j in range(N)):
-                step = (logit(1e-5, layer, place) - logit(-1e-5, layer, place)) / 2e-5
-                gradient[(slice(None), *place)] = step
-            R = R + (gradient * maps[layer]).clamp(min=0).mean(1) @ R
-    torch.testing.assert_close(found[:, 0, :], R[:, 0, :], atol=1e-7, rtol=1e-5)
+            for h, i in ((h, i) for h in range(2) for i in rows):
+                gradient[h, i] = (moved(1e-5, layer, h, i) - moved(-1e-5, layer, h, i)) / 2e-5
+            R = R + (gradient * maps[layer][0]).clamp(min=0).mean(0) @ R
+    torch.testing.assert_close(found[0, 0], R[0], atol=1e-7, rtol=1e-5)
 
 
 def test_a_frozen_model_is_explained_and_the_image_is_left_as_it_was():
@@ -212,7 +211,7 @@ def test_deletion_falls_when_the_patch_that_counts_goes():
 
 def test_the_measures_are_means_over_the_scenes_of_every_map():
     torch.manual_seed(0)
-    drawn, labels = rollout.draw_characters(300)
+    drawn, labels = rollout.draw_characters(100)
     x, boxes = rollout.scenes(drawn, drawn, 2)
     model, inside = network().float(), rollout.overlap(boxes)
     found = rollout.measure(model, x, labels, boxes)
@@ -221,8 +220,8 @@ def test_the_measures_are_means_over_the_scenes_of_every_map():
     maps["the box"] = inside
     assert set(found) == {*maps, "random"}
     for name, values in maps.items():
-        hit = (inside[torch.arange(300), values.argmax(1)] > 0).float().mean().item()
-        assert found[name]["pointing"] == pytest.approx(hit, abs=0.01)
+        hit = (inside[torch.arange(100), values.argmax(1)] > 0).float().mean().item()
+        assert found[name]["pointing"] == pytest.approx(hit, abs=0.02)
         m = values / values.sum(1, keepdim=True)
         assert found[name]["mass"] == pytest.approx((m * inside).sum(1).mean().item(), rel=1e-3)
         curve = rollout.deletion(model, x, labels, values).mean(0)
@@ -231,20 +230,20 @@ def test_the_measures_are_means_over_the_scenes_of_every_map():
         area = sum((f[i + 1] - f[i]) * (curve[i] + curve[i + 1]) / 2 for i in range(6))
         assert found[name]["deletion"] == pytest.approx(area.item(), abs=1e-4)
     share = (inside > 0).float().mean().item()
-    assert found["random"]["pointing"] == pytest.approx(share, abs=0.09)
-    assert found["random"]["mass"] == pytest.approx(inside.mean().item(), abs=0.02)
+    assert found["random"]["pointing"] == pytest.approx(share, abs=0.15)
+    assert found["random"]["mass"] == pytest.approx(inside.mean().item(), abs=0.03)
 
 
 def test_signed_maps_are_refused_and_a_map_of_zeros_is_black(monkeypatch, tmp_path):
     drawn, labels = rollout.draw_characters(3)
     x, boxes = rollout.scenes(drawn, drawn, 2)
     monkeypatch.setattr(rollout, "explain", lambda model, x: {"mine": torch.randn(3, 36)})
-    with pytest.raises(AssertionError, match="mine has values below 0"):
+    with pytest.raises(AssertionError, match="mine is negative or NaN"):
         rollout.measure(network().float(), x, labels, boxes)
     args = rollout.get_args(["--out", str(tmp_path)])
-    rollout.plot_maps(args, x, boxes, {"zeros": torch.zeros(3, 36)})
+    rollout.plot_maps(args, x, {"zeros": torch.zeros(3, 36)})
     picture = np.asarray(rollout.plt.gcf().axes[0].images[0].get_array()).squeeze()
-    assert not picture[1:49, 101:149].any()
+    assert not picture[1:49, 51:99].any()
 
 
 # ---- Model and scenes ----------------------------------------------------------------
@@ -412,13 +411,14 @@ def test_results_and_pictures_are_those_of_both_networks(tmp_path, monkeypatch):
     monkeypatch.setattr(rollout, "load_data", lambda args: data)
     monkeypatch.setattr(rollout, "measure", lambda model, *data: asked.append(data) or original(
         model, *data))
-    rollout.main(["--quick", "--out", str(tmp_path), "--device", "cpu", "--clutter", "2"])
+    rollout.main(["--quick", "--out", str(tmp_path), "--device", "cpu", "--clutter", "2",
+                  "--measured", "16"])
     results = json.loads((tmp_path / "metrics.json").read_text())["results"]
     model = rollout.VisionTransformer().eval()
     model.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True)["weights"])
     (x, y, boxes), same = asked
-    assert all(a is b or a.equal(b) for a, b in zip(asked[0], same)) and len(x) == 50
-    assert y.equal(labels[:50])
+    assert all(a is b or a.equal(b) for a, b in zip(asked[0], same)) and len(x) == 16
+    assert y.equal(labels[:16])
     again = original(model, x, y, boxes)
     torch.manual_seed(0)
     fresh = original(rollout.VisionTransformer(), x, y, boxes)  # the first weights of this run
@@ -426,9 +426,11 @@ def test_results_and_pictures_are_those_of_both_networks(tmp_path, monkeypatch):
         for key in ("pointing", "mass", "deletion"):
             assert results["trained"][name][key] == pytest.approx(again[name][key], abs=1e-4)
             assert results["untrained"][name][key] == pytest.approx(fresh[name][key], abs=1e-4)
-    more, _ = rollout.scenes(data[2], data[2], 2)
-    right = (model(more).argmax(1) == labels[:200]).float().mean().item()
-    assert results["accuracy (chance 0.1)"] == pytest.approx(right, abs=0.1)
+    torch.manual_seed(0)  # the scenes do not depend on the training
+    scenes, _ = rollout.scenes(data[2], data[2], 2)
+    assert scenes[:16].equal(x)
+    right = (model(scenes).argmax(1) == labels[:200]).float().mean().item()
+    assert results["accuracy (chance 0.1)"] == pytest.approx(right, abs=0.01)
     measures, maps = (rollout.plt.figure(number) for number in rollout.plt.get_fignums()[-2:])
     for axes, key in zip(measures.axes, ("pointing", "mass")):
         widths = [bar.get_width() for bar in axes.patches]
@@ -440,10 +442,9 @@ def test_results_and_pictures_are_those_of_both_networks(tmp_path, monkeypatch):
         assert list(line.get_ydata()) == results["trained"][line.get_label()]["curve"]
         assert list(line.get_xdata()) == rollout.FRACTIONS
     picture = np.asarray(maps.axes[0].images[0].get_array()).squeeze()
-    tiles = torch.tensor(picture.reshape(8, 50, 7, 50).swapaxes(1, 2)[:, :, 1:-1, 1:-1])
+    tiles = torch.tensor(picture.reshape(8, 50, 6, 50).swapaxes(1, 2)[:, :, 1:-1, 1:-1])
     torch.testing.assert_close(tiles[:, 0], (x[:8, 0] + 1) / 2)
-    assert ((tiles[:, 1] > 0) == (rollout.to_pixels(rollout.overlap(boxes[:8])) > 0)[:, 0]).all()
-    for column, values in enumerate(rollout.explain(model, x[:8]).values(), 2):
+    for column, values in enumerate(rollout.explain(model, x[:8]).values(), 1):
         light = rollout.to_pixels(values / values.amax(1, keepdim=True))[:, 0]
         expected = light * (0.3 + 0.7 * (x[:8, 0] + 1) / 2)
         torch.testing.assert_close(tiles[:, column], expected, atol=1e-3, rtol=0)
