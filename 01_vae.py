@@ -40,6 +40,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# name: (default, meaning, choices if any); 0 is refused, unless the meaning has "0:".
+# name: (default, meaning, choices if any); 0 is refused, unless the meaning has "0:".
 SETTINGS = {
     "epochs": (12, "passes over the training images; 0: none"),
     "batch_size": (128, "images per step"),
@@ -202,7 +204,7 @@ def evaluate(model, x):
     gain = importance_bound(model, x[:100], 100) - elbo[:100]
     in_use = gaussian_kl(*model.encode(x)).mean(0) > 0.01
     return {
-        "ELBO in nats (the mean image, sigma learned: -56)": elbo.mean().item(),
+        "ELBO in nats (the mean image of MNIST: -56)": elbo.mean().item(),
         "KL in nats": kl.mean().item(),
         "latents in use (KL above 0.01)": in_use.sum().item(),
         "gain of the bound with K = 100 (100 images)": gain.mean().item(),
@@ -212,7 +214,7 @@ def evaluate(model, x):
 
 @torch.no_grad()
 def plot_images(args, model, x):
-    """Show images x, the way from each to the one below in z, and samples x̂(z)."""
+    """Show images x, the way from each to the next in z, and samples x̂(z)."""
     mu, _ = model.encode(x[:10])
     w = torch.arange(8).to(x)[:, None] / 7
     lines = (1 - w) * mu[:-1, None] + w * mu[1:, None]  # (9, 8, latent_dim)
@@ -282,7 +284,8 @@ def load_data(args):
     """Return uint8 images (N, 28, 28) and labels (N,) to train and to test, and a name.
 
     The four MNIST files are read from --data, $MNIST_DIR or data/mnist. Without --data,
-    missing files are downloaded, and where that fails, digits are drawn.
+    missing files are downloaded, and where that fails, digits are drawn. An embedding
+    wants labels.long(), because the files have bytes.
     """
     source = args.data or os.environ.get("MNIST_DIR") or "data/mnist"
     try:

@@ -41,6 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# name: (default, meaning, choices if any); 0 is refused, unless the meaning has "0:".
+# name: (default, meaning, choices if any); 0 is refused, unless the meaning has "0:".
 SETTINGS = {
     "epochs": (12, "passes over the training images for each model; 0: none"),
     "batch_size": (128, "images per step"),
@@ -121,7 +123,7 @@ class TwoLevelVAE(nn.Module):
         return J1.sum(1), J2.sum(1), J3_term(z1, q1, p1).sum(1)
 
     def sample(self, z2):
-        """Turn z2 (B, d) from N(0, I) into images (B, 784), the means x̂(z1)."""
+        """Turn z2 (B, d), from N(0, I) or an image, into images (B, 784), means x̂(z1)."""
         z1 = reparameterize(*self.prior(z2))
         return self.decoder1(z1)
 
@@ -249,7 +251,7 @@ def evaluate(model, x):
 @torch.no_grad()
 def plot_levels(args, models, x):
     """Show what each level keeps of ten images x, and samples (1,000 also as .npz)."""
-    plt.figure(figsize=(16, 6), layout="constrained")
+    plt.figure(figsize=(5 * len(models), 6), layout="constrained")
     z2, pixels = torch.randn(1000, args.latent_dim, device=x.device), {}
     for i, (name, model) in enumerate(models.items()):
         mu1, _ = gaussian(model.encoder1(x))
@@ -324,7 +326,8 @@ def load_data(args):
     """Return uint8 images (N, 28, 28) and labels (N,) to train and to test, and a name.
 
     The four MNIST files are read from --data, $MNIST_DIR or data/mnist. Without --data,
-    missing files are downloaded, and where that fails, digits are drawn.
+    missing files are downloaded, and where that fails, digits are drawn. An embedding
+    wants labels.long(), because the files have bytes.
     """
     source = args.data or os.environ.get("MNIST_DIR") or "data/mnist"
     try:

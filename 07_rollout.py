@@ -42,6 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# name: (default, meaning, choices if any); 0 is refused, unless the meaning has "0:".
+# name: (default, meaning, choices if any); 0 is refused, unless the meaning has "0:".
 SETTINGS = {
     "epochs": (11, "passes over the training images; 0: none"),
     "batch_size": (64, "scenes per step"),
@@ -462,7 +464,8 @@ def load_data(args):
     """Return uint8 images (N, 28, 28) and labels (N,) to train and to test, and a name.
 
     The four MNIST files are read from --data, $MNIST_DIR or data/mnist. Without --data,
-    missing files are downloaded, and where that fails, digits are drawn.
+    missing files are downloaded, and where that fails, digits are drawn. An embedding
+    wants labels.long(), because the files have bytes.
     """
     source = args.data or os.environ.get("MNIST_DIR") or "data/mnist"
     try:
