@@ -5,14 +5,12 @@
     z_l = MLP(LN(z'_l)) + z'_l                    eq. 3: an MLP          Block
     y = LN(z_L^class)                             eq. 4: the read-out    features
 
-Cut a digit into 4x4 patches, and turn each into a vector: a token. In each block the
-tokens ask each other what they know (attention), then each thinks for itself (the MLP).
-One more token, the class token, collects the answer. Only the positions E_pos say where
-a patch was.
+Cut a digit into 4x4 patches, and turn each into a vector: a token. In each block they
+ask each other what they know (attention), then each thinks for itself (the MLP). One
+more, the class token, collects the answer. Only E_pos says where a patch was.
 
-    python 04_vit.py                                    4 minutes on two CPU cores
-    python 04_vit.py --epochs 6 --train-size 10000      a shorter run
-    python 04_vit.py --quick                            a smoke test: near chance
+    python 04_vit.py            4 minutes on two CPU cores
+    python 04_vit.py --quick    near chance; --epochs 6 --train-size 10000: a short run
 
 Expect  99.3% test accuracy (chance 10%); results.png.
 Read    `Attention`, `Block` and `VisionTransformer`; the rest can wait.
