@@ -91,8 +91,7 @@ def gradient_rollout(attentions, logits):
     layer, and the gradient ∇a of the highest logit (Chefer, Gur, Wolf: Generic
     Attention-model Explainability, arXiv:2103.15679, eq. 5 and 6).
     """
-    top = logits.amax(1).sum()
-    gradients = torch.autograd.grad(top, attentions, retain_graph=True)
+    gradients = torch.autograd.grad(logits.amax(1).sum(), attentions, retain_graph=True)
     R = torch.eye(attentions[0].shape[3]).to(logits)
     for attention, gradient in zip(attentions, gradients):
         R = R + (gradient * attention).clamp(min=0).mean(1) @ R
@@ -323,7 +322,7 @@ def deletion(model, x, labels, maps):
         gone = order[:, : round(fraction * 36)]
         keep = torch.ones_like(maps).scatter(1, gone, 0)  # 0: this patch goes black
         logits = model(torch.where(to_pixels(keep) > 0, x, -1.0))
-        curve.append(logits.softmax(1).gather(1, labels[:, None]))
+        curve.append(logits.softmax(1).gather(1, labels.long()[:, None]))
     return torch.cat(curve, 1)
 
 
