@@ -58,7 +58,7 @@ SETTINGS = {
     "load": ("", "a model.pt to start from; --epochs 0 only evaluates it"),
     "quick": (False, "a smoke test of seconds; its results are about chance"),
 }
-QUICK = {"epochs": 3, "train_size": 512, "measured": 50}
+QUICK = {"epochs": 3, "train_size": 512, "measured": 20}
 
 
 # ---- Lesson one: rollout, and other maps ---------------------------------------------
