@@ -14,7 +14,7 @@ nats, and images blur.
     python 01_vae.py            a minute on two CPU cores
     python 01_vae.py --quick    a smoke test
 
-Expect  ELBO about 811 nats; images.png. Its samples are weak: see 02, 03.
+Expect  ELBO about 809 nats; images.png. Its samples are weak: see 02, 03.
 Read    `VAE.elbo` and `train`; the rest can wait.
 Try     easy: --latent-dim 5, then 2. What is lost first?
         medium: --sigma 1, then 0.3. How many latents are in use?

@@ -422,6 +422,17 @@ def test_fine_detail_passes_by_the_skip_connections(net):
     assert ((change * checkers).mean() / change.std()).abs() > 0.05
 
 
+@pytest.mark.parametrize("grow, down, up", [("grow2", "down2", "up2"), ("grow1", "down1", "up1")])
+def test_both_skips_are_added(net, grow, down, up):
+    seen = {}
+    for name in (grow, down, up):
+        layer = getattr(net, name)
+        layer.register_forward_hook(
+            lambda layer, inputs, out, name=name: seen.update({name: (inputs[0], out)}))
+    net(torch.randn(2, 1, 28, 28), torch.tensor([9, 700]))
+    torch.testing.assert_close(seen[up][0], seen[grow][1] + seen[down][1])
+
+
 def test_network_overfits_sixteen_images():
     torch.manual_seed(0)
     x0, net = ddpm.to_float(ddpm.draw_characters(16)[0]), ddpm.UNet()
