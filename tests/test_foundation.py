@@ -187,7 +187,7 @@ def test_an_interrupted_training_of_another_seed_is_evaluated_on_nine_images_dra
 
 def test_ctrl_c_in_a_terminal(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPTS[0]), "--quick", "--data", "drawn", "--epochs", "300"],
+        [sys.executable, str(SCRIPTS[0]), "--quick", "--data", "drawn", "--epochs", "30"],
         cwd=tmp_path, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # as in a terminal
     while not process.stdout.readline().startswith("step"):
