@@ -14,8 +14,8 @@ answer fall when the strongest patches go black (deletion)?
     python 07_rollout.py            7 minutes on two CPU cores
     python 07_rollout.py --quick    a smoke test; --epochs 6 --train-size 10000: short
 
-Expect  Rollout points at the digit in 100% of scenes, the last layer in 44%. Untrained,
-        rollout still gets 72%: a good map need not explain. See measures.png.
+Expect  Rollout points at the digit in 100% of scenes, the last layer in 52%. Untrained,
+        rollout still gets 73%: a good map need not explain. See measures.png.
 Read    `attention_rollout` and `explain`.
 Try     easy: --clutter 12 --out out/clutter12. Which maps get worse?
         medium: one more line in `explain`: rollout of head 0 alone.

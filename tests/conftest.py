@@ -19,7 +19,6 @@ matplotlib.use("Agg")
 torch.set_num_threads(1)  # two threads on one free core would wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("[0-9][0-9]_*.py"))
-WITH_TABLE = [script for script in SCRIPTS if "\nSETTINGS = {" in script.read_text(encoding="utf-8")]
 
 
 def load_script(path):
@@ -34,16 +33,15 @@ def load_script(path):
 OFFLINE = {**{k: v for k, v in os.environ.items()
               if k not in ("MNIST_DIR", "DISPLAY", "MPLBACKEND")},
            "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "",
-           "OMP_NUM_THREADS": "1"}
+           "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}  # as on an old Windows
 FOLDER = Path(tempfile.mkdtemp())
 COPIES = {}  # script: the future of its process
 
 
 def run(script, *flags, cwd):
     """One script in a process of its own, without screen, network and real data."""
-    plain = {"PYTHONIOENCODING": "ascii"} if script.name in [s.name for s in WITH_TABLE] else {}
-    return subprocess.run([sys.executable, str(script), *flags], cwd=cwd, env=OFFLINE | plain,
-                          text=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=240)
+    return subprocess.run([sys.executable, str(script), *flags], cwd=cwd, env=OFFLINE, text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=240)
 
 
 def run_copy(script):
