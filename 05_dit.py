@@ -17,7 +17,7 @@ Expect  results.png; to a classifier, 99% of samples show the right digit (chanc
 Read    `DiTBlock`, `Diffusion`, `guided`; the rest can wait.
 Try     easy: --epochs 0 --load out/05_dit/model.pt --out out/try --guidance 4
         medium: DDIM: let `step` return signal[s] x̂_0 + noise[s] ε̂, adding no noise.
-        harder: flow matching: x_t and target in `loss`, a new `step`, no variance.
+        harder: flow matching: x_t and target in `loss`, a new `step`; bound: zeros(()).
 Paper   Peebles, Xie: Scalable Diffusion Models with Transformers, arXiv:2212.09748
 Texts   [논문분석] Scalable Diffusion Models with Transformers; 第5章 解答, ex. 5.7
 """
@@ -192,8 +192,9 @@ class Diffusion:
     """The chain x_0, ..., x_T of latents x (B, C, H, W), with steps of any length.
 
     model(x_t, t, y) returns ε̂, its estimate of the noise, and v, for the variance (see
-    the second lesson). A network that predicts something else needs a wrapper that
-    returns ε̂ and v, and has num_classes. The tables (T + 1, 1, 1, 1) are indexed by t.
+    the second lesson; not v-prediction). A network that predicts something else needs a
+    wrapper that returns ε̂ and v, and has num_classes; `loss` weighs errors as those of
+    ε̂, so change it, too. The tables (T + 1, 1, 1, 1) are indexed by t.
     """
 
     def __init__(self, T=1000, device="cpu"):
@@ -335,8 +336,8 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, z):
-        """Turn latents (B, 2, 8, 8) into pixels (B, 1, 28, 28) in [0, 1]."""
-        return ((self.decoder(z) + 1) / 2).clamp(0, 1)
+        """Turn latents (B, 2, 8, 8) into pixels (B, 1, 28, 28), about in [0, 1]."""
+        return (self.decoder(z) + 1) / 2
 
 
 def train_autoencoder(autoencoder, images):
@@ -464,11 +465,11 @@ def main(argv=None):
     t = torch.arange(len(x0), device=args.device) + 1  # each image at its own time
     with torch.no_grad():
         simple, bound = diffusion.loss(dit, x0, y, t)
-    y = torch.arange(args.samples, device=args.device) % 10
+    y = torch.arange(args.samples, device=args.device) % dit.num_classes
     x_T = torch.randn(len(y), 2, 8, 8, device=args.device)
     z = diffusion.sample(dit, x_T, y, args.guidance, args.steps)
     samples = autoencoder.decode(z)
-    pixels = (samples[:, 0] * 255).round().byte().cpu()
+    pixels = (samples[:, 0].clamp(0, 1) * 255).round().byte().cpu()
     np.savez_compressed(f"{args.out}/samples.npz", images=pixels, labels=y.cpu())
     save_metrics(
         args,

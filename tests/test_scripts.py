@@ -58,7 +58,7 @@ def run_main(module, digits, out, *flags):
     """`main` in this process, with --quick on a few drawn digits; returns its metrics."""
     few = ["--samples", "10"] if "samples" in module.SETTINGS else []
     module.main(["--quick", "--data", str(digits), "--batch-size", "32", "--device", "cpu",
-                 "--out", str(out), *few, *flags])
+                 "--epochs", "2", "--out", str(out), *few, *flags])
     return json.loads((out / "metrics.json").read_text())
 
 
