@@ -306,9 +306,9 @@ def conv(c_in, c_out):
     """Convolve and halve the resolution: (B, c_in, H, W) -> (B, c_out, H/2, W/2)."""
     return nn.Sequential(
         nn.Conv2d(c_in, c_out, 3, padding=1),
+        nn.MaxPool2d(2),
         nn.GroupNorm(4, c_out),
         nn.GELU(),
-        nn.MaxPool2d(2),
     )
 
 
