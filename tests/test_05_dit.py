@@ -430,7 +430,7 @@ def a_run(tmp_path_factory):
     patch.setattr(dit.Diffusion, "sample", watched)
     out = tmp_path_factory.mktemp("run")
     dit.main(["--quick", "--device", "cpu", "--out", str(out), "--samples", "30", "--guidance", "3",
-              "--steps", "4"])
+              "--steps", "4", "--epochs", "2"])
     patch.undo()
     return calls, out, plt.gcf(), 255 - images
 
@@ -496,7 +496,7 @@ def test_designs_are_compared_in_the_same_latent_space_and_load_keeps_it(tmp_pat
 
     def latent_space(*flags):
         dit.main(["--quick", "--data", "drawn", "--device", "cpu", "--samples", "10", "--steps", "1",
-                  "--epochs", "0", "--out", str(tmp_path), *flags])
+                  "--epochs", "0", "--train-size", "100", "--out", str(tmp_path), *flags])
         weights = torch.load(tmp_path / "model.pt", weights_only=True)["weights"]
         return torch.cat([w.flatten() for name, w in weights.items() if "autoencoder" in name])
 

