@@ -63,9 +63,6 @@ def test_schedule_counts_from_one_and_ends_in_noise(T):
     assert chain.signal[-1] < 0.01 and chain.beta_tilde[1] == 0
     tables = [table for table in vars(chain).values() if torch.is_tensor(table)]
     assert all(table.dtype == torch.float32 for table in tables)  # a Mac's GPU has no others
-
-
-def test_a_chain_that_is_too_short_is_refused():
     with pytest.raises(ValueError, match="T must"):
         ddpm.Diffusion(20)  # β_T would be 1
 
@@ -117,12 +114,8 @@ def test_mean_of_the_reverse_step_is_that_of_algorithm_2():
 
 
 def test_pixels_go_to_minus_one_one():
-    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
-    x = ddpm.to_float(levels)
-    assert x.shape == (1, 1, 16, 16) and x.min() == -1 and x.max() == 1
-    assert ((x[:, 0] + 1) * 127.5).round().byte().equal(levels)
-    with pytest.raises(AssertionError, match="uint8 tensor"):
-        ddpm.to_float(levels / 255)
+    x = ddpm.to_float(torch.tensor([0, 255, 51], dtype=torch.uint8).view(3, 1, 1))
+    torch.testing.assert_close(x, torch.tensor([-1, 1, -0.6]).view(3, 1, 1, 1))
 
 
 # ---- The bound -----------------------------------------------------------------------
@@ -171,12 +164,9 @@ def test_decoder_shares_one_among_the_256_levels(mean, std):
     edges = normal.cdf(torch.linspace(-256 / 255, 256 / 255, 257).double())
     edges[0], edges[-1] = 0, 1  # the bins of black and white are open
     torch.testing.assert_close(log_p.exp().double(), edges.diff(), rtol=1e-3, atol=1e-6)
-
-
-def test_decoder_stays_finite_far_from_the_mean_and_without_variance():
-    x = torch.tensor([0.0, 1.0, -1.0])
-    for mean, std in ((torch.tensor(0.9), torch.tensor(0.001)), (x, torch.tensor(0.0))):
-        assert ddpm.discretized_log_likelihood(x, mean, std).isfinite().all()
+    for far_or_exact in (torch.tensor(mean), levels):  # even without variance
+        nats = ddpm.discretized_log_likelihood(levels, far_or_exact, torch.tensor(0.0))
+        assert nats.isfinite().all()
 
 
 def test_bound_of_a_perfect_model_is_the_entropy_plus_what_sigma_costs():
@@ -207,14 +197,8 @@ def test_weighted_noise_error_plus_constant_is_the_divergence():
     constant = (0.5 * (ratio - 1 - ratio.log())).view(-1, 1, 1, 1)
     weighted = ddpm.dropped_weight(CHAIN, t) * (eps - guess) ** 2
     torch.testing.assert_close(kl.double(), weighted + constant, rtol=2e-3, atol=1e-5)
-
-
-def test_dropped_weight_is_that_of_the_exercise():
-    weight = ddpm.dropped_weight(CHAIN, torch.arange(1, 1001)).flatten().double()
-    beta, bar = BETA[1:], BAR[1:]
-    torch.testing.assert_close(weight, beta**2 / (2 * beta * (1 - beta) * (1 - bar)), rtol=1e-4,
-                               atol=0)
-    assert weight[0].item() == pytest.approx(1 / (2 * (1 - 1e-4)), rel=1e-4)  # t = 1: ex. 5.5
+    first = ddpm.dropped_weight(CHAIN, every(1, 1)).item()  # ex. 5.5, with σ_1² = β_1
+    assert first == pytest.approx(1 / (2 * (1 - 1e-4)), rel=1e-4)
 
 
 def test_first_term_is_near_the_noise_error_of_exercise_5_5():
@@ -312,11 +296,6 @@ def test_sample_is_algorithm_2_with_either_variance(chosen):
     assert x.std().item() == pytest.approx(variance.item() ** 0.5, rel=0.02)
 
 
-def test_the_estimate_of_x0_is_kept_in_the_range_of_pixels():
-    x0 = CHAIN.sample(lambda x, t: 0 * x - 100, torch.randn(2, 1, 3, 3))  # x̂_0 far above 1
-    torch.testing.assert_close(x0, torch.ones(2, 1, 3, 3))
-
-
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_a_ddim_step_is_equation_12_of_its_paper(eta):
     """Many times the same two steps: mean and deviation of x_0 and of x_500."""
@@ -331,16 +310,6 @@ def test_a_ddim_step_is_equation_12_of_its_paper(eta):
     mean = bar_s**0.5 * x0 + (1 - bar_s - sigma**2) ** 0.5 * eps  # eq. 12
     assert seen[1][1].mean().item() == pytest.approx(mean, abs=0.02 * sigma + 1e-4)
     assert seen[1][1].std().item() == pytest.approx(sigma, rel=0.02, abs=1e-6)
-
-
-def test_ddim_with_eta_1_has_the_posterior_variance():
-    x, seen = torch.full([20000, 1, 1, 1], 0.3), []
-    ddpm.sample_ddim(CHAIN, lambda x, t: seen.append(x) or 0 * x, x, 1000, 1.0)
-    for t in (1000, 600, 3):
-        before, after = seen[1000 - t], seen[1001 - t]
-        x0 = (before / BAR[t].sqrt()).clamp(-1, 1).float()
-        left = after - CHAIN.q_mean(x0, before, every(t, 20000))
-        assert left.var().item() == pytest.approx(CHAIN.beta_tilde[t].item(), rel=0.05)
 
 
 @pytest.mark.parametrize("steps, expected", [
@@ -386,40 +355,21 @@ def test_a_block_is_its_formula():
     assert (block(x, emb) - block(x, emb + torch.randn(64))).abs().max() > 0.01
 
 
-def test_network_depends_on_the_time_and_takes_another_size(net):
-    x = torch.randn(1, 1, 28, 28).expand(2, 1, 28, 28)
-    a, b = net(x, torch.tensor([10, 11]))
-    assert (a - b).abs().max() > 1e-5
+def test_network_keeps_images_apart_and_depends_on_the_time(net):
+    x, t = torch.randn(5, 1, 28, 28), torch.tensor([1, 5, 100, 500, 1000])
+    order = torch.tensor([3, 0, 4, 1, 2])
+    torch.testing.assert_close(net(x[order], t[order]), net(x, t)[order], rtol=1e-4, atol=1e-5)
+    assert (net(x, t) - net(x, t + 1)).abs().amax((1, 2, 3)).min() > 1e-5
     x = torch.randn(2, 1, 32, 32)
     assert ddpm.UNet(32)(x, torch.tensor([10, 11])).shape == x.shape
 
 
-def test_network_treats_images_of_a_batch_apart(net):
-    x, t = torch.randn(5, 1, 28, 28), torch.tensor([1, 5, 100, 500, 1000])
-    order = torch.tensor([3, 0, 4, 1, 2])
-    torch.testing.assert_close(net(x[order], t[order]), net(x, t)[order], rtol=1e-4, atol=1e-5)
-
-
-def test_every_parameter_and_every_pixel_around_matters(net):
+def test_every_parameter_matters_and_one_corner_sees_the_other(net):
+    """The vector of the whole image carries every pixel, also at the time that is asked for."""
     x = torch.randn(2, 1, 28, 28, requires_grad=True)
-    net(x, torch.tensor([9, 700]))[:, 0, 14, 14].sum().backward()
+    net(x, torch.tensor([9, 700]))[:, 0, -1, -1].sum().backward()
     assert all(p.grad.abs().max() > 0 for p in net.parameters())
-    assert (x.grad[:, 0, 2:26, 2:26] != 0).float().mean() > 0.9  # the whole image is seen
-
-
-def test_a_pixel_in_one_corner_is_seen_in_the_other(net):
-    """The vector of the whole image carries it, also at the time that is asked for."""
-    x = torch.zeros(1, 1, 28, 28, requires_grad=True)
-    net(x, torch.tensor([300]))[0, 0, -1, -1].backward()
-    assert x.grad[0, 0, 0, 0] != 0
-
-
-def test_fine_detail_passes_by_the_skip_connections(net):
-    """Without them, what differs inside a square of 4x4 would be averaged away."""
-    checkers = 1.0 - 2 * (torch.arange(28)[:, None] + torch.arange(28)).remainder(2)
-    x, t = torch.zeros(1, 1, 28, 28), torch.tensor([500])
-    change = net(x + checkers, t) - net(x, t)
-    assert ((change * checkers).mean() / change.std()).abs() > 0.05
+    assert (x.grad != 0).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("grow, down, up", [("grow2", "down2", "up2"), ("grow1", "down1", "up1")])
@@ -433,18 +383,18 @@ def test_both_skips_are_added(net, grow, down, up):
     torch.testing.assert_close(seen[up][0], seen[grow][1] + seen[down][1])
 
 
-def test_network_overfits_sixteen_images():
+def test_eight_images_can_be_learned_by_heart():
     torch.manual_seed(0)
-    x0, net = ddpm.to_float(ddpm.draw_characters(16)[0]), ddpm.UNet()
-    t, eps = torch.linspace(50, 900, 16).long(), torch.randn_like(x0)
+    x0, net = ddpm.to_float(ddpm.draw_characters(8)[0]), ddpm.UNet()
+    t, eps = torch.linspace(50, 900, 8).long(), torch.randn_like(x0)
     optimizer, x_t = torch.optim.Adam(net.parameters(), 4e-3), CHAIN.q_sample(x0, t, eps)
-    for step in range(100):
+    for step in range(40):
         loss = (net(x_t, t) - eps).square().mean()
         assert step > 0 or loss.item() > 0.5
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.05
+    assert loss.item() < 0.03
 
 
 # ---- Training ------------------------------------------------------------------------
@@ -504,6 +454,9 @@ def test_training_finds_the_best_linear_model():
     step, loss, _ = history[-1]
     assert 480 < step <= 512 and 18 <= len(history) <= 20
     assert loss == pytest.approx(1 - w**2, abs=0.03)  # E[ε²] - w² E[x_t²]
+    model.w.data.zero_()
+    train(model, black, "--epochs", 4, "--lr", 0.02)
+    assert model.w.item() == pytest.approx(w, abs=0.03)  # a second phase trains as well
 
 
 class Slope(nn.Module):
@@ -518,38 +471,25 @@ class Slope(nn.Module):
         return x.detach() * 0 + 1e4 + (self.w - self.w.detach()) * next(self.slopes)
 
 
-def test_training_is_adam_with_a_rate_that_ends_at_zero():
-    images = torch.zeros(320, 4, 4, dtype=torch.uint8)
-    model = Slope([1.0] * 200)  # constant gradients: each step is the learning rate
-    train(model, images, "--epochs", 20, "--lr", 0.01)
-    rates = -np.diff(model.path)
+def test_training_is_adam_that_forgets_fast_with_a_rate_that_ends_at_zero():
+    """Constant gradients: each step is the learning rate. And after one large gradient, steps
+    recover as in torch's Adam with β2 = 0.99."""
+    large, paths = [1.0] * 20 + [100.0] + [1.0] * 179, []
+    for slopes in ([1.0] * 200, large):
+        model = Slope(slopes)
+        train(model, torch.zeros(320, 4, 4, dtype=torch.uint8), "--epochs", 20, "--lr", 0.01)
+        paths.append(-np.diff(model.path))
+    rates, disturbed = paths
     assert len(rates) == 199 and rates.max() == pytest.approx(0.01, rel=0.02)
     assert rates.min() > 0 and rates[-1] < 1e-4 and (np.diff(rates[100:]) < 1e-6).all()
-
-
-def test_adam_forgets_within_a_hundred_steps():
-    """After one large gradient, steps recover as in torch's Adam with β2 = 0.99."""
-    slopes = [1.0] * 20 + [100.0] + [1.0] * 179
-    model = Slope(slopes)
-    train(model, torch.zeros(320, 4, 4, dtype=torch.uint8), "--epochs", 20, "--lr", 0.01)
-    plain = Slope([1.0] * 200)
-    train(plain, torch.zeros(320, 4, 4, dtype=torch.uint8), "--epochs", 20, "--lr", 0.01)
     w = torch.zeros(1, requires_grad=True)
     adam, path = torch.optim.Adam([w], 1.0, betas=(0.9, 0.99)), []
-    for slope in slopes:
+    for slope in large:
         path.append(w.item())
         w.grad = torch.tensor([slope])
         adam.step()
-    ratio = np.diff(model.path) / np.diff(plain.path)  # the schedule cancels
-    assert ratio[150:] == pytest.approx(-np.diff(path)[150:], rel=0.05)
-
-
-def test_two_phases_of_training_both_train():
-    model, images = Scale(), torch.zeros(64, 4, 4, dtype=torch.uint8)
-    train(model, images, "--epochs", 2)
-    after_one = model.w.item()
-    train(model, images, "--epochs", 2)
-    assert after_one != 0 and model.w.item() != after_one
+    expected = -np.diff(path)[150:]
+    assert (disturbed / rates)[150:] == pytest.approx(expected, rel=0.05)  # the schedule cancels
 
 
 # ---- What a run reports --------------------------------------------------------------

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -86,12 +87,8 @@ def test_what_repeats_is_one_text():
 
 @each_script
 def test_imports_are_the_standard_library_torch_numpy_matplotlib(script):
-    tree = ast.parse(script.read_text(encoding="utf-8"))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
-             for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    roots = {name.split(".")[0] for name in names}
-    assert roots <= set(sys.stdlib_module_names) | {"torch", "numpy", "matplotlib"}
+    lines = re.findall(r"^(?:from|import) (\w+)", script.read_text(encoding="utf-8"), re.M)
+    assert set(lines) <= set(sys.stdlib_module_names) | {"torch", "numpy", "matplotlib"}
 
 
 @each_script
@@ -225,28 +222,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_changes_no_file(script, tmp_
 
 
 @each_script
-def test_results_are_saved_before_figures_are_drawn(script, tmp_path, digits, monkeypatch):
-    module = light(script)
-    monkeypatch.setattr(module, "show_grid", lambda *args, **more: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # a mistake of one's own keeps its traceback
-        run_main(module, digits, tmp_path)
-    assert json.loads((tmp_path / "metrics.json").read_text())["results"]
-    assert torch.load(tmp_path / "model.pt", weights_only=True)["weights"]
-
-
-@each_script
-def test_an_evaluation_that_fails_leaves_the_trained_model(script, tmp_path, digits, monkeypatch):
-    module = light(script)
-    monkeypatch.setattr(module, "save_metrics", lambda *args, **more: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run_main(module, digits, tmp_path)
-    assert torch.load(tmp_path / "model.pt", weights_only=True)["weights"]
+def test_the_model_is_saved_before_results_and_results_before_figures(script, trained):
+    """So that a mistake in an evaluation or a figure does not cost the training."""
+    _, out, _ = trained(script)
+    files = [out / "model.pt", out / "metrics.json", *out.glob("*.png")]
+    times = [path.stat().st_mtime_ns for path in files if path.name != "mine.png"]
+    assert len(times) >= 3 and times[0] < times[1] < min(times[2:])
 
 
 @each_script
 def test_images_in_another_format_are_refused(script, tmp_path, digits, monkeypatch):
-    module = light(script)
-    images, labels = torch.rand(600, 28, 28), torch.zeros(600, dtype=torch.long)
+    module, images, labels = light(script), torch.rand(600, 28, 28), torch.zeros(600).long()
     monkeypatch.setattr(module, "load_data", lambda args: (images, labels, images, labels, "mine"))
     with pytest.raises(AssertionError, match="expected a uint8 tensor"):
         run_main(module, digits, tmp_path)
@@ -284,17 +270,14 @@ def test_a_new_setting_is_one_line(monkeypatch):
         first.get_args(["--kind-of-loss", "l3"])
 
 
-@each_script
-def test_wrong_flags_get_a_sentence_and_exit_code_2(script, capsys):
-    module = light(script)
-    for flags, word in [("--epochs -1", "epochs"), ("--batch-size 0", "batch_size"),
-                        ("--lr 0", "lr"), ("--lr -1e-3", "lr"), ("--train-size -5", "train_size"),
-                        ("--seed x", "seed"), ("--no-such-flag", "no-such-flag"),
-                        ("stray", "stray"), ("--epochs", "epochs")]:
-        with pytest.raises(SystemExit) as end:
-            module.get_args(flags.split())
-        assert end.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1], flags
-    assert module.get_args(["--epochs", "0", "--seed", "0"]).epochs == 0
+@pytest.mark.parametrize("flags, word", [
+    ("--epochs -1", "epochs"), ("--batch-size 0", "batch_size"), ("--lr 0", "lr"),
+    ("--lr -1e-3", "lr"), ("--seed x", "seed"), ("--no-such-flag", "no-such-flag"),
+    ("stray", "stray"), ("--epochs", "epochs")])
+def test_wrong_flags_get_a_sentence_and_exit_code_2(flags, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        first.get_args(flags.split())
+    assert end.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- Files ---------------------------------------------------------------------------
@@ -314,15 +297,14 @@ def test_a_checkpoint_that_does_not_fit_gets_torchs_message(tmp_path):
 
 class Evil:
     def __reduce__(self):
-        return os.mkdir, ("executed",)
+        return print, ("executed",)
 
 
-def test_a_file_that_is_no_checkpoint_runs_no_code(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_file_that_is_no_checkpoint_runs_no_code(tmp_path, capsys):
     torch.save({"settings": {}, "weights": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(Exception, match="(?i)weights.only"):
-        first.load_weights(first.get_args(["--load", "evil.pt"]), torch.nn.Linear(2, 1))
-    assert not (tmp_path / "executed").exists()
+        first.load_weights(first.get_args(["--load", str(tmp_path / "evil.pt")]), None)
+    assert "executed" not in capsys.readouterr().out
 
 
 def test_a_disk_that_fills_up_leaves_the_old_model(tmp_path, monkeypatch):
@@ -349,11 +331,6 @@ def test_progress_says_step_seconds_and_the_mean_since_the_last_report(capsys):
     expected = [[step, step - 2, pytest.approx(step, abs=0.4)] for step in range(5, 91, 5)]
     assert history == expected  # the mean of five
     assert lines[0] == "step 5/90  loss 3.0000  5 s" and len(lines) == 18
-    first.progress(history := [], [torch.tensor(1.0)], 1, time.time())
-    assert history[0][:2] == [1, 1.0]
-    for bad in (float("nan"), float("inf"), float("-inf")):
-        with pytest.raises(SystemExit, match="not finite"):
-            first.progress([], [torch.tensor(1.0), torch.tensor(bad)], 2, time.time())
 
 
 def test_a_grid_has_its_images_in_place():
@@ -440,8 +417,10 @@ def mirror(monkeypatch, tmp_path):
     return start
 
 
-def test_what_is_missing_is_downloaded_once(mirror):
+def test_what_is_missing_is_downloaded_once(mirror, capsys):
     asked, folder = mirror()
+    assert load("drawn", 30)[-1] == "drawn digits, not MNIST (drawn)" and asked == []
+    assert capsys.readouterr().out == "data: drawn digits, not MNIST (drawn)\n"
     check_small(load())
     check_small(load())
     assert len(asked) == 4 and len(list(folder.iterdir())) == 4
@@ -458,12 +437,6 @@ def test_a_download_that_fails_leaves_no_file_and_digits_are_drawn(spoil, mirror
     assert "drawn digits, not MNIST" in source and f"data: {source}" in capsys.readouterr().out
     assert images.shape == (50, 28, 28) and len(labels) == 50 and len(test_images) == 2000
     assert len(asked) == 1 and not folder.exists()
-
-
-def test_drawn_digits_can_be_asked_for(mirror, capsys):
-    asked, _ = mirror()
-    assert load("drawn", 30)[-1] == "drawn digits, not MNIST (drawn)" and asked == []
-    assert capsys.readouterr().out == "data: drawn digits, not MNIST (drawn)\n"
 
 
 def test_real_files_are_whole(real_data):
