@@ -10,7 +10,7 @@ In T = 1000 small steps, an image x_0 dissolves in noise: ᾱ_t falls from 1 to 
 network ε_θ only learns to tell the noise in x_t from the image. That is enough to go
 back: guess the image, step a little towards it, add a little fresh noise, repeat.
 
-    python 03_ddpm.py            minutes on two CPU cores
+    python 03_ddpm.py            9 minutes on two CPU cores
     python 03_ddpm.py --quick    a smoke test
 
 Expect  L_simple below 0.025; chain.png: noise becomes digits.
