@@ -42,7 +42,6 @@ import torch.nn.functional as F
 from torch import nn
 
 # name: (default, meaning, choices if any); 0 is refused, unless the meaning has "0:".
-# name: (default, meaning, choices if any); 0 is refused, unless the meaning has "0:".
 SETTINGS = {
     "epochs": (12, "passes over the training images for each model; 0: none"),
     "batch_size": (128, "images per step"),

@@ -41,7 +41,6 @@ import torch.nn.functional as F
 from torch import nn
 
 # name: (default, meaning, choices if any); 0 is refused, unless the meaning has "0:".
-# name: (default, meaning, choices if any); 0 is refused, unless the meaning has "0:".
 SETTINGS = {
     "epochs": (12, "passes over the training images; 0: none"),
     "batch_size": (128, "images per step"),
@@ -132,6 +131,7 @@ class VisionTransformer(nn.Module):
             {"proj": nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)}
         )  # kernel = stride: one linear map E of each patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        # (More tokens need random starts: if they start equal, they stay equal.)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -214,7 +214,7 @@ def progress(history, losses, steps, began):
 @torch.no_grad()
 def read(model, images):
     """Return `features` (N, D) of uint8 images (N, H, W)."""
-    model.eval()
+    model.eval()  # nn.Dropout is off now; F.dropout would stay on
     return torch.cat([model.features(to_float(x)) for x in images.split(500)])
 
 
@@ -234,7 +234,7 @@ def sincos_positions(count, dim):
 
 
 def fix_positions(model, pos):
-    """Freeze a model's positions at sines and cosines, or at zero (none)."""
+    """Freeze a model's positions, loaded or not, at sines and cosines, or zero."""
     model.pos_embed.requires_grad_(False).zero_()
     if pos == "sincos":
         model.pos_embed += sincos_positions(*model.pos_embed[0].shape)
@@ -256,7 +256,10 @@ LETTERS = (
 
 
 def ridge(x, labels):
-    """Return the W (D, K) that minimizes ‖x W - Y‖² + 10 ‖W‖² (ex. 5.1)."""
+    """Return the W (D, K) that minimizes ‖x W - Y‖² + 10 ‖W‖² (ex. 5.1).
+
+    The 10 suits features after a LayerNorm; standardize others before comparing them.
+    """
     Y = 2 * F.one_hot(labels).float() - 1  # (N, K): 1 at the label and -1 elsewhere
     return torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]).to(x), x.T @ Y)
 
@@ -354,7 +357,10 @@ def main(argv=None):
 
 
 def class_attention(attention, patch_size):
-    """Return what the class token looks at, (B, 1, 28, 28), scaled to at most 1."""
+    """Return what the class token looks at, (B, 1, 28, 28), scaled to at most 1.
+
+    In the last layer this means something only if the class token is read out.
+    """
     seen = attention[:, :, 0, 1:].mean(1)  # over heads: (B, N)
     seen = seen / seen.amax(1, keepdim=True)
     seen = seen.view(-1, 1, 28 // patch_size, 28 // patch_size)

@@ -43,7 +43,6 @@ import torch.nn.functional as F
 from torch import nn
 
 # name: (default, meaning, choices if any); 0 is refused, unless the meaning has "0:".
-# name: (default, meaning, choices if any); 0 is refused, unless the meaning has "0:".
 SETTINGS = {
     "epochs": (11, "passes over the training images; 0: none"),
     "batch_size": (64, "scenes per step"),
@@ -65,7 +64,8 @@ QUICK = {"epochs": 3, "train_size": 512, "measured": 20}
 def merge_heads(attention):
     """Return W (B, N, N), the mean over the heads of attention (B, h, N, N)."""
     W = attention.mean(1)
-    # Rows sum to 1, whatever is done to heads: a maximum, or entries set to 0.
+    # Rows sum to 1, whatever is done to heads (a maximum, entries set to 0), but for
+    # rows of zeros.
     return W / W.sum(2, keepdim=True).clamp(min=1e-12)
 
 
@@ -107,12 +107,13 @@ def patch_map(matrix):
 def explain(model, x):
     """Return maps (B, N) of where the model looks in x (B, 1, H, W), by name.
 
-    model.look(x) returns logits and the attention of each layer, with token 0 as the
-    class token.
+    model.look(x) returns logits, and the attention (B, h, N, N) of each layer that they
+    were computed from. Token 0 must be the class token, which the head reads.
     """
     model.eval()
     x = x.detach().requires_grad_()  # gives even a frozen model gradients
     logits, attentions = model.look(x)
+    # For an entropy, take single heads: their mean is always closer to uniform.
     W = torch.stack([merge_heads(attention) for attention in attentions])
     matrices = {
         "last layer": W[-1],
@@ -197,6 +198,7 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             x, attention = block(x)
             attentions.append(attention)
+        # Only token 0 is read: the last block's patch tokens get no gradient.
         return self.head(self.norm(x[:, 0])), attentions
 
     def forward(self, x):
@@ -315,7 +317,10 @@ def mass(maps, inside):
 
 @torch.no_grad()
 def deletion(model, x, labels, maps):
-    """Return p(right class), (B, K), as more of the strongest patches go black."""
+    """Return p(right class), (B, K), as more of the strongest patches go black.
+
+    For insertion, exchange x and -1.0 and keep the order; then higher is better.
+    """
     order = maps.argsort(dim=1, descending=True, stable=True)
     curve = []
     for fraction in FRACTIONS:
