@@ -30,26 +30,23 @@ def load_script(path):
     return module
 
 
-OFFLINE = {**{k: v for k, v in os.environ.items()
-              if k not in ("MNIST_DIR", "DISPLAY", "MPLBACKEND")},
-           "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "",
-           "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}  # as on an old Windows
 FOLDER = Path(tempfile.mkdtemp())
 COPIES = {}  # script: the future of its process
 
 
-def run(script, *flags, cwd):
-    """One script in a process of its own, without screen, network and real data."""
-    return subprocess.run([sys.executable, str(script), *flags], cwd=cwd, env=OFFLINE, text=True,
-                          stdin=subprocess.DEVNULL, capture_output=True, timeout=240)
-
-
 def run_copy(script):
-    """One --quick run of a copy of a script, alone in a folder; returns the process and folder."""
+    """One --quick run of a copy of a script, alone in a folder, without screen, network and real
+    data; returns the process and the folder."""
     folder = FOLDER / script.stem / "elsewhere ünder"
     folder.mkdir(parents=True)
     shutil.copy(script, folder)
-    return run(folder / script.name, "--quick", cwd=folder), folder
+    env = {k: v for k, v in os.environ.items() if k not in ("MNIST_DIR", "DISPLAY", "MPLBACKEND")}
+    env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "",
+            "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}  # as on an old Windows
+    command = [sys.executable, str(folder / script.name), "--quick"]
+    done = subprocess.run(command, cwd=folder, env=env, text=True, stdin=subprocess.DEVNULL,
+                          capture_output=True, timeout=240)
+    return done, folder
 
 
 def pytest_collection_finish(session):
