@@ -96,16 +96,13 @@ def test_every_exercise_has_a_row_and_what_it_names_exists():
         assert all(row) and (found or row[0] == "6.3"), row  # 6.3 is pen and paper
 
 
-def test_every_difference_names_code_and_a_test_that_exist():
+def test_differences_and_places_to_change_name_code_and_tests_that_exist():
     table = rows("Where the code differs from the texts")
     assert 8 <= len(table) <= 12
     for place, _, code, test in table:
         counts = check_references([code, test])
         assert (counts["file"] and counts["name"] and counts["test"]) or (
             code == test == "-" and "Gflops" in place), place
-
-
-def test_where_to_begin_names_what_is_there():
     table = rows("For homework")
     assert [row[0].strip("`") for row in table] == [script.name for script in SCRIPTS]
     assert all(check_references(row)["name"] >= 2 for row in table)
@@ -146,13 +143,10 @@ def test_the_glossary_has_three_languages():
         assert re.search("[\uac00-\ud7a3]", row[2]), row
 
 
-def test_files_that_are_named_exist():
+def test_files_that_are_named_exist_and_what_is_not_folded_is_short():
     named = re.findall(r"(?<![\w/.])\d\d_\w+\.py\b", readme())
     assert set(named) == {script.name for script in SCRIPTS} and len(SCRIPTS) == 7
     assert all((ROOT / path).exists() for path in re.findall(r"\btests/\w+\.py\b", readme()))
-
-
-def test_what_is_not_folded_is_short():
     unfolded = re.sub(r"<details>.*?</details>", "", readme(), flags=re.S)
     assert len(unfolded.split()) <= 1500
 
