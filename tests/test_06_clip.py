@@ -5,6 +5,7 @@ Exercises: 第6章, 6.1 (the loss), 6.2 and 6.4 (the towers), 6.6 (binding), 6.8
 import json
 import math
 import re
+from collections import defaultdict
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing import assert_close
 
 from conftest import ROOT, load_script
 
@@ -25,14 +27,6 @@ def seed():
     torch.manual_seed(1)
 
 
-def network():
-    """The small CLIP with weights moved away from their start."""
-    model = clip.small_clip()
-    for p in model.parameters():
-        p.data += 0.05 * torch.randn_like(p)
-    return model.eval()
-
-
 def digits(count=40):
     """Squares of different size as digits, so that the picture tells the label."""
     labels = torch.arange(count) % 10
@@ -42,9 +36,9 @@ def digits(count=40):
     return images, labels.byte()  # as in the files
 
 
-def area(digit):
-    """The pixels of this square in a scene, where a digit is 0.58 of 40 pixels wide."""
-    return ((2 + 2 * digit) * 0.58 * 40 / 28) ** 2
+def words(row):
+    """What a row of tokens says, without START, END and padding."""
+    return " ".join(clip.WORDS[token - 1] for token in row if 0 < token < END - 1)
 
 
 def read(text):
@@ -70,13 +64,12 @@ def test_a_block_is_torchs_attention_and_then_an_mlp_with_quickgelu():
     h = x + attention(h, h, h, attn_mask=mask)[0]
     up = block.mlp.c_fc(F.layer_norm(h, (24,), block.ln_2.weight, block.ln_2.bias))
     expected = h + block.mlp.c_proj(up / (1 + torch.exp(-1.702 * up)))
-    torch.testing.assert_close(block(x, mask), expected)
+    assert_close(block(x, mask), expected)
 
 
 def test_parameters_are_those_of_a_published_vit_b_32():
-    line = re.search(r"CLIP\(Vision.*512\)", clip.CLIP.__doc__, re.S).group()  # the docstring's
-    with torch.device("meta"):
-        model = eval(line, vars(clip))
+    with torch.device("meta"):  # the example of the docstring
+        model = eval(re.search(r"CLIP\(V.*512\)", clip.CLIP.__doc__, re.S).group(), vars(clip))
     shapes = {"positional_embedding": (77, 512), "token_embedding.weight": (49408, 512),
               "text_projection": (512, 512), "logit_scale": (), "visual.proj": (768, 512),
               "visual.class_embedding": (768,), "visual.positional_embedding": (50, 768),
@@ -93,144 +86,114 @@ def test_parameters_are_those_of_a_published_vit_b_32():
     assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == shapes
 
 
-def test_the_image_tower_by_hand():
-    net, x = network().visual, torch.rand(3, 3, 40, 40)
-    places = net.conv1(x)
-    patches = torch.stack([places[:, :, i // 5, i % 5] for i in range(25)], 1)
-    tokens = torch.cat([net.class_embedding.repeat(3, 1, 1), patches], 1)
-    first, second = net.transformer.resblocks
-    h = second(first(net.ln_pre(tokens + net.positional_embedding), 0), 0)
-    torch.testing.assert_close(net.encode(x), h)
-    torch.testing.assert_close(net(x), net.ln_post(h[:, 0]) @ net.proj)
-
-
-def test_a_text_is_read_at_its_end_and_logits_are_cosines_times_at_most_100():
-    net, images = network(), torch.rand(3, 3, 40, 40)
+def test_towers_by_hand_and_logits_are_cosines_times_at_most_100():
+    net, images = clip.small_clip(), torch.rand(3, 3, 40, 40)
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
     text = clip.tokenize(["a red one above a blue two", "the blue one is above the red two"])
     text[0, 9:] = torch.tensor([4, 2, 7])  # after the end
+    tower, features = net.visual, net.visual.conv1(images)
+    patches = torch.stack([features[:, :, i // 5, i % 5] for i in range(25)], 1)
+    h = torch.cat([tower.class_embedding.repeat(3, 1, 1), patches], 1)
+    h = tower.ln_pre(h + tower.positional_embedding)
+    for block in tower.transformer.resblocks:
+        h = block(h, 0)
+    assert_close(tower.encode(images), h)
+    u = tower.ln_post(h[:, 0]) @ tower.proj
     h = net.token_embedding(text) + net.positional_embedding
     for block in net.transformer.resblocks:
         h = block(h, nn.Transformer.generate_square_subsequent_mask(12))
     h = net.ln_final(h)
-    torch.testing.assert_close(net.encode_tokens(text), h)
-    u, w = net.visual(images), h[[0, 1], [8, 9]] @ net.text_projection
+    assert_close(net.encode_tokens(text), h)
+    w = h[[0, 1], [8, 9]] @ net.text_projection
     for scale, seen in ((7.0, 7.0), (500.0, 100.0)):
         net.logit_scale.data.fill_(math.log(scale))
         cosines = F.cosine_similarity(u[:, None], w, dim=2)
-        torch.testing.assert_close(net(images, text), seen * cosines, rtol=1e-4, atol=1e-4)
+        assert_close(net(images, text), seen * cosines, rtol=1e-4, atol=1e-4)
     assert clip.small_clip().logit_scale.exp().item() == pytest.approx(1 / 0.07)
 
 
 # ---- The losses (ex. 6.1, 6.8) -------------------------------------------------------
 
 
-class Given(nn.Module):
-    """A model whose features are given, times a weight."""
+class Given(nn.Linear):
+    """A model whose two towers are one matrix."""
 
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
-
-    def encode_image(self, features):
-        return features * self.weight
+    encode_image = encode_text = nn.Linear.forward
 
     def logits(self, u, w):
         return 3 * u @ w.T
 
-    encode_text, forward = encode_image, logits
+    def forward(self, images, texts):
+        return self.logits(self.encode_image(images), self.encode_text(texts))
 
 
-def unit(count):
-    return F.normalize(torch.randn(count, 8, dtype=torch.float64), dim=1)
+def surprise(feature, others, answer):
+    """-log softmax of the answer among others."""
+    logits = torch.stack([3 * feature @ other for other in others])
+    return logits.logsumexp(0) - 3 * feature @ answer
 
 
 def test_the_loss_is_exercise_6_1_in_plain_loops():
-    images, texts, total = unit(5), unit(5), 0
-    logits = [[3 * sum(a * b for a, b in zip(u, w)) for w in texts.tolist()]
-              for u in images.tolist()]
-    for a in range(5):
-        row = sum(math.exp(logits[a][c]) for c in range(5))
-        column = sum(math.exp(logits[c][a]) for c in range(5))
-        total -= (logits[a][a] - math.log(row) + logits[a][a] - math.log(column)) / 2 / 5
-    found = clip.clip_loss(Given(), images, texts, EVERY_SCENE[:5])
-    assert found.item() == pytest.approx(total, rel=1e-12)
+    model, images, texts = Given(8, 8), *torch.randn(2, 5, 8)
+    u, w = model.encode_image(images), model.encode_text(texts)
+    total = sum(surprise(u[a], w, w[a]) + surprise(w[a], u, u[a]) for a in range(5)) / 2 / 5
+    assert_close(clip.clip_loss(model, images, texts, EVERY_SCENE[:5]), total)
 
 
 def test_itc_is_exercise_6_8_in_plain_loops():
-    model, old_images, old_texts = Given(), unit(2), unit(2)
-    loss = clip.ITC(model)
-    loss(model, old_images, old_texts, EVERY_SCENE[[5, 1]])  # scene 1 will come again
-    model.weight.data.fill_(1.5)  # so that slow features differ: 0.995 · 1 + 0.005 · 1.5
-    images, texts, total = unit(3), unit(3), 0
-    found = loss(model, images, texts, EVERY_SCENE[:3])
-    for fast, slow, waiting in ((images, texts, old_texts), (texts, images, old_images)):
-        for a in range(3):
-            others = [1.0025 * slow[b] for b in range(3)] + [waiting[0]]
-            if a != 1:
-                others.append(waiting[1])
-            p = [math.exp(3 * 1.5 * (fast[a] @ v).item()) for v in others]
-            total -= math.log(p[a] / sum(p)) / 3 / 2
-    assert found.item() == pytest.approx(total, rel=1e-9)
-
-
-def test_the_queue_holds_the_newest_and_the_copy_follows_slowly():
-    model = Given()
-    loss = clip.ITC(model)
+    """With room for two batches; the slow features have no gradient."""
+    model, waiting = Given(8, 8, bias=False), []
+    slow, loss = model.weight.detach().clone(), clip.ITC(model)
     loss.M = 6
-    model.weight.data.fill_(3.0)
     for step in range(4):
-        images = torch.full((4, 8), float(step + 1), dtype=torch.float64)
-        loss(model, images, images * 2, EVERY_SCENE[4 * step:4 * step + 4]).backward()
-        weight = 3 + (1 - 3) * 0.995 ** (step + 1)
-        assert loss.slow.weight.item() == pytest.approx(weight) and loss.slow.weight.grad is None
-        u, w, scenes = loss.queue
-        torch.testing.assert_close(u[:4], weight * images)
-        torch.testing.assert_close(w, 2 * u)
-        assert not u.requires_grad and len(u) == len(scenes) == min(4 * (step + 1), 6)
-    assert (u[4:, 0] / u[0, 0]).tolist() == pytest.approx(2 * [3 / 4], rel=0.01)
-    assert scenes.equal(EVERY_SCENE[[12, 13, 14, 15, 8, 9]])
-    assert model.weight.item() == 3 and clip.ITC.M == 4096
+        model.weight.data = torch.randn(8, 8) / 3
+        slow = 0.995 * slow + 0.005 * model.weight.detach()
+        images, texts, scenes = *torch.randn(2, 3, 8), EVERY_SCENE[[step, 1, 7]].tolist()
+        rows, total = [*zip(images @ slow.T, texts @ slow.T, scenes), *waiting], 0
+        for fast, other in ((images @ model.weight.T, 1), (texts @ model.weight.T, 0)):
+            for a in range(3):  # the answer, and features of all scenes but this one
+                others = [row[other] for b, row in enumerate(rows) if b == a or row[2] != scenes[a]]
+                total += surprise(fast[a], others, rows[a][other]) / 2 / 3
+        found = loss(model, images, texts, torch.tensor(scenes))
+        assert_close(found, total)
+        assert_close(*(torch.autograd.grad(value, model.weight) for value in (found, total)))
+        waiting = rows[:6]
 
 
-def test_gradients_reach_all_parameters_and_ten_pairs_can_be_learned_by_heart():
+def test_ten_pairs_can_be_learned_by_heart_and_all_parameters_help():
     (images, labels), model = digits(), clip.small_clip()
     scenes, index = clip.sample_scenes(labels, torch.arange(10))
+    images = clip.render(images[index], scenes)
     tokens = clip.tokenize(map(clip.caption, scenes.tolist()))
-    data, losses = (clip.render(images[index], scenes), tokens, scenes), []
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for loss_function in [clip.ITC(model)] + 80 * [clip.clip_loss]:
-        loss = loss_function(model, *data)
+    for loss_function in [clip.ITC(model)] + 40 * [clip.clip_loss]:
+        loss = loss_function(model, images, tokens, scenes)
         optimizer.zero_grad()
         loss.backward()
-        if len(losses) < 2:  # at first both losses are the same
-            assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-        else:
-            optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and 2 < losses[0] < 6
-    assert losses[-1] < 0.5
+        assert all(p.grad.any() for p in model.parameters())
+        optimizer.step()
+    assert loss < 0.5
 
 
 # ---- The world -----------------------------------------------------------------------
 
 
-def test_every_sentence_reads_back_as_its_scene():
+def test_every_sentence_is_tokenized_and_reads_back_as_its_scene():
     for scene in EVERY_SCENE[::7].tolist():
         told = [clip.caption(scene, phrase, side) for phrase in range(4) for side in range(2)]
         assert len(set(told)) == 8 and {read(text) for text in told} == {tuple(scene)}
+        for text, row in zip(told, clip.tokenize(told).tolist(), strict=True):
+            end = 1 + len(text.split())
+            assert words(row) == text and row[0] == END - 1
+            assert row[end:] == [END] + (clip.LENGTH - end - 1) * [0]
     assert clip.caption([3, 0, 7, 2, 0], 1, 1) == "the blue seven is below the red three"
-    bright = {name: "".join(c for c, v in zip("RGB", rgb) if v == 1)
-              for name, rgb in clip.COLORS.items()}
-    assert bright == dict(red="R", green="G", blue="B", yellow="RG", magenta="RB", white="RGB")
-
-
-def test_tokens_have_start_words_and_end():
-    row = clip.tokenize([clip.caption([3, 0, 7, 2, 0])])[0].tolist()
-    assert " ".join(clip.WORDS[i - 1] for i in row[1:8]) == "a red three above a blue seven"
-    assert row[0] == END - 1 and row[8:] == [END, 0, 0, 0]
     with pytest.raises(AssertionError, match="use only the words"):
         clip.tokenize(["a cat above a blue seven"])
     assert clip.WORDS == sorted(clip.WORDS)  # the same numbers in the next run, for --load
+    bright = {name: "".join(c for c, v in zip("RGB", rgb) if v == 1)
+              for name, rgb in clip.COLORS.items()}
+    assert bright == dict(red="R", green="G", blue="B", yellow="RG", magenta="RB", white="RGB")
 
 
 def held_out(scenes):
@@ -243,28 +206,12 @@ def test_held_out_pairs_never_occur_in_training_and_always_where_asked():
     assert index[:, 0].equal(first) and index[:, 1].bincount().min() > 150
     assert labels[index].equal(scenes[:, [0, 2]].byte())
     assert not held_out(scenes).any()
-    pairs = torch.cat([scenes[:, :2], scenes[:, 2:4]]).unique(dim=0)
-    assert len(pairs) == 50  # all the others occur
+    assert len(scenes[:, :4].reshape(-1, 2).unique(dim=0)) == 50  # all other pairs occur
     assert scenes[:, 4].float().mean() == pytest.approx(0.5, abs=0.03)
     scenes, _ = clip.sample_scenes(labels, first, held_out=True)
     assert (scenes[:, 1] == scenes[:, 0] % 6).all()
     assert not (scenes[:, 3] == scenes[:, 2] % 6).any()
     assert clip.shows_held_out(EVERY_SCENE).equal(held_out(EVERY_SCENE))
-
-
-@pytest.mark.parametrize("fraction", [0, 0.4, 0.5])
-def test_a_twin_is_the_scene_before_it_with_places_swapped(fraction):
-    labels = digits()[1]
-    scenes, index = clip.sample_scenes(labels, torch.arange(10039) % 40)
-    before = scenes.clone()
-    clip.add_twins(scenes, index, fraction)
-    changed = (scenes != before).any(1)
-    assert changed.float().mean().item() == pytest.approx(fraction, abs=0.02)
-    assert not changed[::2].any()
-    twin = 1 + 2 * changed[1::2].nonzero()[:, 0]
-    assert scenes[twin].equal(scenes[twin - 1][:, [2, 3, 0, 1, 4]])
-    assert index[twin].equal(index[twin - 1].flip(1))
-    assert labels[index].equal(scenes[:, [0, 2]].byte())
 
 
 def test_an_image_shows_its_scene():
@@ -277,8 +224,8 @@ def test_an_image_shows_its_scene():
         for half, d, c in zip(halves, (d1, d2), (c1, c2)):
             hue = half.flatten(1).sum(1)
             assert F.cosine_similarity(hue, colors[c], 0) > 0.999  # its color, and no other's
-            size = hue.max().item() / colors[c].max().item()
-            assert size == pytest.approx(area(d), rel=0.1, abs=1)
+            side = (hue.max() / colors[c].max()).sqrt()  # a digit is 0.58 of 40 pixels wide
+            assert side == pytest.approx((2 + 2 * d) / 28 * 0.58 * 40, rel=0.05, abs=0.3)
 
 
 def test_places_are_random_within_bounds():
@@ -290,39 +237,34 @@ def test_places_are_random_within_bounds():
     y, x = ((picture.sum(axis) * line).sum(1) / mass for axis in (2, 1))
     assert y.mean() == pytest.approx(-0.5, abs=0.02) and abs(x.mean()) < 0.02
     assert y.std() > 0.03 and x.std() > 0.03 and (y + 0.5).abs().max() < 0.13
-    ink[:] = 255  # now they overlap
-    assert clip.render(ink, white).max().item() == pytest.approx(1)
+    assert clip.render(ink | 255, white).max().item() == pytest.approx(1)  # they overlap
 
 
-def test_a_color_and_a_relation_are_a_line_each(tmp_path):
+def test_colors_and_relations_can_be_added(tmp_path):
     source = (ROOT / "06_clip.py").read_text(encoding="utf-8")
-    for old, new in (("(1, 1, 1),", '(1, 1, 1),  "cyan": (0.25, 1, 1),'),
-                     ('"a the', '"over under a the'),
-                     ("(1, 0),", '(1, 0), ("over", "under"): (1, 1),')):
-        assert source.count(old) == 1
-        source = source.replace(old, new)
+    for start, new in (("\nCOLORS = {", '"cyan": (0.25, 1, 1), '), ('\nOTHERS = "', "over under "),
+                       ("\nRELATIONS = {", '("over", "under"): (1, 1), ')):
+        source = source.replace(start, start + new)
     (tmp_path / "more.py").write_text(source, encoding="utf-8")
-    more, images = load_script(tmp_path / "more.py"), digits()[0]
-    scenes, _ = more.sample_scenes(digits()[1], torch.arange(40).repeat(50))
+    more, (images, labels) = load_script(tmp_path / "more.py"), digits()
+    scenes, _ = more.sample_scenes(labels, torch.arange(40).repeat(50))
     assert scenes.amax(0).tolist() == [9, 6, 9, 6, 2] and more.CHANCE["color"] == 1 / 7
     assert not (scenes[:, [0, 2]] % 7 == scenes[:, [1, 3]]).any()
-    text = more.caption([4, 6, 3, 0, 2])
-    assert text == "a cyan four over a red three"
-    pictures = more.render(images[None, [4, 3]], torch.tensor([[4, 6, 3, 0, 2]]))
+    assert not more.shows_held_out(scenes).any()
+    assert more.caption([4, 0, 3, 1, 0]) == "a cyan four over a red three"
+    pictures = more.render(images[None, [4, 3]], torch.tensor([[4, 0, 3, 1, 0]]))
     corner = pictures[0, :, :20, :20].sum((1, 2))  # the first is at the upper left
-    assert 0 < corner[0] < corner[1] and pictures[:, :, 20:, 20:].sum() > 0  # cyan has little red
+    assert 0 < corner[0] < corner[1]  # cyan has little red
     assert pictures[:, :, :16, 24:].sum() == pictures[:, :, 24:, :16].sum() == 0
-    assert more.small_clip()(pictures, more.tokenize([text])).isfinite()
 
 
 # ---- Training ------------------------------------------------------------------------
 
 
-def train(loss_function, *flags, count=40, model=None):
-    """Train a model of one number, if no other is given, on squares; return the history."""
-    history, args = [], clip.get_args([str(flag) for flag in flags])
-    model = model or nn.ParameterList([torch.zeros(())]).eval()
-    clip.train(args, model, loss_function, *digits(count), history)
+def train(loss_function, flags, count=40):
+    """Train a model of one number on squares; return the history."""
+    history, model = [], nn.ParameterList([torch.zeros(())]).eval()
+    clip.train(clip.get_args(flags.split()), model, loss_function, *digits(count), history)
     return history
 
 
@@ -334,41 +276,37 @@ def test_training_shows_scenes_twins_and_all_ways_to_say_them(monkeypatch):
         seen.append((images, tokens, scenes))
         return model[0] + 0
 
-    train(loss_function, "--epochs", 3, "--batch-size", 40, "--twins", 0.25, count=410)
-    assert [len(scenes) for _, _, scenes in seen] == 3 * (10 * [40] + [10])
+    train(loss_function, "--epochs 3 --batch-size 40 --twins 0.2", count=411)
+    assert [len(scenes) for _, _, scenes in seen] == 3 * (10 * [40] + [11])
     images, tokens, scenes = (torch.cat(tensors) for tensors in zip(*seen))
-    ways = set()
-    for picture, row, scene in zip(images, tokens, scenes.tolist()):
-        text = " ".join(clip.WORDS[i - 1] for i in row if 0 < i < END - 1)
-        assert read(text) == tuple(scene)
-        ways.add(tuple(word for word in text.split() if word in clip.OTHERS))
-        first = picture.split(20, 1 + scene[4])[0].amax(0).sum().item()
-        assert first > 0.8 * min(area(scene[0]), 180)
+    texts = [words(row) for row in tokens]
+    assert [read(text) for text in texts] == [tuple(scene) for scene in scenes.tolist()]
+    ways = {tuple(word for word in text.split() if word in clip.OTHERS) for text in texts}
     assert len(ways) == 16  # four phrases, two sides, two relations
-    pairs = scenes.view(3, 205, 2, 5)
+    halves = [picture.split(20, 1 + axis)[0] for picture, axis in zip(images, scenes[:, 4])]
+    sides = [half.amax(0).sum().sqrt() for half in halves]  # of the squares that are the digits
+    assert np.corrcoef(sides, scenes[:, 0])[0, 1] > 0.95
+    pairs = scenes.view(3, 411, 5)[:, :410].view(3, 205, 2, 5)
     twins = (pairs[:, :, 1] == pairs[:, :, 0][..., [2, 3, 0, 1, 4]]).all(2)
-    assert twins.double().mean().item() == pytest.approx(0.5, abs=0.06)
-    assert not held_out(scenes).any()
+    assert twins.double().mean().item() == pytest.approx(0.4, abs=0.06)
     assert not (pairs[1:] == pairs[:-1]).all(3).all(2).all(1).any()  # a new world in each epoch
-    monkeypatch.setattr(clip, "SWAP_PLACES", clip.SWAP_COLORS)  # 30% of these twins show
-    with pytest.raises(AssertionError):  # a held-out pair
-        train(lambda model, images, tokens, scenes: model[0] + 0, "--epochs", 1, count=400)
+    monkeypatch.setattr(clip, "SWAP_PLACES", clip.SWAP_COLORS)
+    with pytest.raises(AssertionError):  # 30% of these twins would show a held-out pair
+        train(loss_function, "--epochs 1", count=400)
 
 
-def test_training_is_adam_with_a_rate_that_ends_at_zero_and_goes_on_in_a_second_phase():
-    path, model = [], nn.ParameterList([torch.zeros(())])
+def test_training_is_adam_with_a_rate_that_ends_at_zero():
+    path = []
 
     def slope(model, images, tokens, scenes):
         path.append(model[0].item())
         return 5 + 0.1 * model[0]
 
-    for phase in (1, 2):
-        history = train(slope, "--epochs", 20, "--batch-size", 4, "--lr", 0.01, model=model)
-        rates = -np.diff(path[-200:])  # Adam: a constant slope moves by the rate
-        assert rates.max() == pytest.approx(0.01, rel=0.02)
-        assert rates.min() > 0 and rates[-1] < 1e-4 and (np.diff(rates[100:]) < 1e-6).all()
-        assert [step for step, _, _ in history] == list(range(10, 201, 10))
-        assert history[10][1] == pytest.approx(5 + 0.1 * np.mean(path[-100:-90]), rel=1e-5)
+    history = train(slope, "--epochs 20 --batch-size 4 --lr 0.01")
+    rates = -np.diff(path)  # Adam: a constant slope moves by the rate
+    assert rates.max() == pytest.approx(0.01, rel=0.02)
+    assert rates.min() > 0 and rates[-1] < 1e-4 and (np.diff(rates[100:]) < 1e-6).all()
+    assert history[10][:2] == [110, pytest.approx(5 + 0.1 * np.mean(path[100:110]), rel=1e-5)]
 
 
 # ---- Binding (ex. 6.6), and a run ----------------------------------------------------
@@ -376,13 +314,8 @@ def test_training_is_adam_with_a_rate_that_ends_at_zero_and_goes_on_in_a_second_
 
 def knowing(tell=lambda *scene: scene):
     """Features that are equal where `tell` says the same of two scenes; else they are random."""
-    vectors = {}
-
-    def encode(scenes):
-        told = [str(tell(*scene)) for scene in scenes.tolist()]
-        return torch.stack([vectors.setdefault(key, torch.randn(64).sign()) for key in told])
-
-    return encode
+    vectors = defaultdict(lambda: torch.randn(64).sign())
+    return lambda scenes: torch.stack([vectors[str(tell(*scene))] for scene in scenes.tolist()])
 
 
 def measure(monkeypatch, image, text, held_out=False):
@@ -404,7 +337,6 @@ def measure(monkeypatch, image, text, held_out=False):
     (lambda d1, c1, d2, c2, r: (sorted([d1, d2]), c1, c2, r), ["colors bound"]),  # either order
     (lambda d1, c1, d2, c2, r: (d1, d2, sorted([c1, c2]), r), ["colors bound"]),  # binds nothing
     (lambda d1, c1, d2, c2, r: (d1, c1), ["axis"]),
-    (lambda d1, c1, d2, c2, r: None, [*clip.CHANCE]),
 ])
 def test_a_measure_is_0_where_knowledge_is_missing_and_else_1(monkeypatch, tell, missing):
     code = knowing(tell)
@@ -416,65 +348,63 @@ def test_a_measure_is_0_where_knowledge_is_missing_and_else_1(monkeypatch, tell,
 def test_those_who_guess_are_at_chance(monkeypatch):
     found = [measure(monkeypatch, lambda scenes: torch.ones(len(scenes), 1),
                      lambda scenes: torch.randn(len(scenes), 1)) for _ in range(3)]
-    for name in list(clip.CHANCE)[1:]:  # "finds its caption" hardly ever succeeds
-        mean = np.mean([fractions[name] for fractions in found])
-        assert mean == pytest.approx(clip.CHANCE[name], rel=0.25), name
+    chance = {"finds its caption": 1 / 1000, "digit": 1 / 10, "color": 1 / 6,
+              "axis": 1 / 2, "colors bound": 1 / 3, "places bound": 1 / 2}
+    assert clip.CHANCE == pytest.approx(chance)
+    for name, expected in chance.items():
+        assert sum(run[name] for run in found) / 3 == pytest.approx(expected, rel=0.25, abs=0.005)
 
 
 @pytest.mark.parametrize("kind", [False, True])
-def test_1000_scenes_of_the_wanted_kind_look_for_their_caption(monkeypatch, kind):
+def test_1000_images_of_the_wanted_kind_look_for_captions_of_seen_pairs(monkeypatch, kind):
     code, seen = knowing(), []
 
-    def image(scenes):
-        turned = torch.cat([scenes[:1].repeat(250, 1), scenes[250:]])  # a fourth sees another
-        seen.append((scenes, turned))
-        return code(turned)
+    def image(scenes):  # captions would find the longer features
+        seen.append(scenes)
+        return code(scenes) * torch.tensor([[1], [99]]).repeat(500, 1)
 
-    found = measure(monkeypatch, image, code, kind)
-    (scenes, turned), = seen
-    assert len(scenes) == 1000 and held_out(scenes).sum() == 1000 * kind
-    right = (turned == scenes).all(1).float().mean().item()
-    assert found["finds its caption"] == pytest.approx(right) and 0.7 < right < 0.8
-    assert clip.CHANCE["finds its caption"] == 1 / 1000
+    def text(scenes):  # with held-out pairs, anything can happen
+        return code(scenes) * (1 + 99 * held_out(scenes)[:, None])
 
-
-def test_foils_show_no_held_out_pair(monkeypatch):
-    code = knowing()
-    found = measure(monkeypatch, code,  # with held-out pairs, anything can happen
-                    lambda scenes: code(scenes) * (1 + 99 * held_out(scenes)[:, None]))
-    assert found["colors bound"] == found["places bound"] == 1
+    found = measure(monkeypatch, image, text, kind)
+    assert len(seen[0]) == 1000 and held_out(seen[0]).sum() == 1000 * kind
+    assert found["finds its caption"] == found["colors bound"] == found["places bound"] == 1
 
 
 @pytest.mark.parametrize("loss", ["clip", "itc"])
 def test_a_run_trains_with_the_loss_asked_for_and_draws_what_it_finds(loss, tmp_path, monkeypatch):
     found = [{"digit": 0.5, "of one's own": 0.25}, {"digit": 0.75, "of one's own": 1.0}]
-    asked, trained, (images, labels), net = [], [], digits(200), nn.Module()
-    net.encode_image = lambda images: images.sum((1, 2, 3))[:, None] / 1000  # it knows how much
-    net.encode_text = lambda tokens: torch.ones(len(tokens), 1)  # ink there is, and wants much
-    monkeypatch.setattr(clip, "small_clip", lambda: net)
-    monkeypatch.setattr(clip, "train", lambda args, model, loss_function, digits, labels, history:
-                        trained.append((model, loss_function, digits)))
-    monkeypatch.setattr(clip, "evaluate", lambda model, digits, labels, held_out:
-                        asked.append((model, digits)) or found[held_out])
+    (images, labels), net = digits(200), nn.Module()
     data = images, labels, 255 - images, labels, "mine"
-    monkeypatch.setattr(clip, "load_data", lambda args: data)
+    net.encode_image = lambda images: images.sum((1, 2, 3))[:, None]  # how much ink there is
+    net.encode_text = lambda tokens: torch.tensor([[1.0], [-1.0]])  # the most, the least
+
+    def train(args, model, loss_function, digits, labels, history):
+        assert model is net and digits is images
+        assert (loss_function is clip.clip_loss) == (loss == "clip")
+
+    def evaluate(model, digits, labels, held_out):
+        assert model is net and digits is data[2]
+        return found[held_out]
+
+    for name, stub in (("small_clip", lambda: net), ("load_data", lambda args: data),
+                       ("train", train), ("evaluate", evaluate)):
+        monkeypatch.setattr(clip, name, stub)
     clip.main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--loss", loss, "--prompt",
                "a red nine above a blue zero; a white one left of a white two"])
-    (model, loss_function, shown), = trained
-    assert shown is images and (loss_function is clip.clip_loss) == (loss == "clip")
-    assert all(tested is model and shown is data[2] for tested, shown in asked)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["results"] == {"seen pairs": found[0], "held-out pairs": found[1],
-                                  "chance": clip.CHANCE}
+    results = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert results == {"seen pairs": found[0], "held-out pairs": found[1], "chance": clip.CHANCE}
     bars, nearest = plt.gcf().axes
     names = [label.get_text() for label in bars.get_yticklabels()]
-    seen, new, chance = ({names[round(bar.get_y() + bar.get_height() / 2)]: bar.get_width()
-                          for bar in kind} for kind in bars.containers)  # paired by name
-    assert seen == found[0] and new == found[1] and chance == clip.CHANCE
-    heights = [kind[0].get_height() for kind in bars.containers]  # wide, narrow, thin
-    assert heights == sorted(heights, reverse=True)
+    for kind, expected in zip(bars.containers, (*found, clip.CHANCE), strict=True):
+        middles = [round(bar.get_y() + bar.get_height() / 2) for bar in kind]
+        assert {names[y]: bar.get_width() for y, bar in zip(middles, kind)} == expected
     assert "wide: seen pairs, narrow: held-out pairs, thin: chance" in bars.get_title()
+    heights = [kind[0].get_height() for kind in bars.containers]
+    assert heights == sorted(heights, reverse=True)
     assert "a white one left of a white two" in nearest.get_title()
     picture = np.asarray(nearest.images[0].get_array())
-    ink = [picture[1:41, 42 * i + 1:42 * i + 41].sum() for i in range(6)]
-    assert ink == sorted(ink, reverse=True) and ink[5] > 2000  # the nearest come first
+    tiles = picture.reshape(2, 42, 6, 42, 3)[:, 1:-1, :, 1:-1]  # without frames
+    most, least = tiles.sum((1, 3, 4)).tolist()
+    assert most == sorted(most, reverse=True) and least == sorted(least)
+    assert most[-1] > 2000  # test images are bright
