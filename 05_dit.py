@@ -17,7 +17,7 @@ Expect  results.png; to a classifier, 99% of samples show the right digit (chanc
 Read    `DiTBlock`, `Diffusion`, `guided`; the rest can wait.
 Try     easy: --epochs 0 --load out/05_dit/model.pt --out out/try --guidance 4
         medium: DDIM: let `step` return signal[s] x̂_0 + noise[s] ε̂, adding no noise.
-        harder: flow matching (faster): new x_t, target in `loss`, `step`; bound: zeros(()).
+        harder: flow matching (faster): x_t, target in `loss`; `step`; bound: zeros(()).
 Paper   Peebles, Xie: Scalable Diffusion Models with Transformers, arXiv:2212.09748
 Texts   [논문분석] Scalable Diffusion Models with Transformers; 第5章 解答, ex. 5.7
 """
