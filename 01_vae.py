@@ -11,13 +11,13 @@ density of pixels in [0, 1], so it can be positive (bits/dim: -ELBO / (784 ln 2)
 log2 255). With σ = 1, as in the text, errors cost little, most of z is not worth its
 nats, and images blur.
 
-    python 01_vae.py            a minute on two CPU cores
+    python 01_vae.py            1-2 minutes on two CPU cores
     python 01_vae.py --quick    a smoke test
 
 Expect  ELBO about 809 nats; images.png. Its samples are weak: see 02, 03.
 Read    `VAE.elbo` and `train`; the rest can wait.
-Try     easy: --latent-dim 5, then 2. What is lost first?
-        medium: --sigma 1, then 0.3. How many latents are in use?
+Try     easy: --latent-dim 2 --out out/try. What is lost first?
+        medium: --sigma 1 --out out/try. How many latents are in use?
         harder: tell the decoder the digit (with --sigma 1, or z carries it anyway).
 Paper   Kingma, Welling: Auto-Encoding Variational Bayes, arXiv:1312.6114
 Text    拡散モデルの理論, section 8.1.1 and appendix C
@@ -51,7 +51,7 @@ SETTINGS = {
     "data": ("", "folder of the four MNIST files, or drawn: digits of a font"),
     "out": ("out/01_vae", "folder of the results"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or mps"),
-    "seed": (0, "the same seed gives the same numbers on one machine"),
+    "seed": (0, "the same seed gives the same numbers on one CPU"),
     "load": ("", "a model.pt to start from; --epochs 0 only evaluates it"),
     "quick": (False, "a smoke test of seconds; its results mean little"),
 }
@@ -221,14 +221,14 @@ def plot_images(args, model, x):
     x_hat = model.decoder(torch.cat([lines, z], 1).flatten(0, 1))  # (153, 784)
     tiles = torch.cat([x[:9, None], x_hat.view(9, 17, 784)], 1)
     plt.figure(figsize=(12, 6.3), layout="constrained")
-    show_grid(tiles.view(-1, 1, 28, 28), 18, "x; from x̂ to the next x̂; samples")
+    show_grid(tiles.view(-1, 1, 28, 28), 18, "x; from x̂ to the x̂ below; samples")
     plt.savefig(f"{args.out}/images.png")
 
 
 def show_grid(images, columns, title):
-    """Show images (N, C, H, W) in [0, 1], C = 1 or 3, as framed tiles."""
+    """Draw images (N, C, H, W) in [0, 1], C = 1 or 3, into the current axes of plt."""
     padding = [1, 1, 1, 1, 0, 0, 0, -len(images) % columns]  # a frame, and full rows
-    tiles = F.pad(images.cpu(), padding, value=0.5).movedim(1, 3)
+    tiles = F.pad(images.detach().cpu(), padding, value=0.5).movedim(1, 3)
     rows = [np.hstack(row) for row in tiles.split(columns)]
     plt.imshow(np.vstack(rows), "gray", vmin=0, vmax=1)
     plt.title(title)
@@ -264,9 +264,12 @@ def get_args(argv=None):
         kind = {"type": type(default), "choices": choices or None}
         if default is False:
             kind = {"action": "store_true"}
-        flag = f"--{name.replace('_', '-')}"
-        meaning = f"{meaning} (default: {default})"
-        parser.add_argument(flag, default=default, help=meaning, **kind)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=default,
+            help=f"{meaning} (default: {default})",
+            **kind
+        )
     args = parser.parse_args(argv)
     if args.quick:  # flags on the command line win over QUICK
         parser.set_defaults(**QUICK)
@@ -276,6 +279,7 @@ def get_args(argv=None):
         zero = value == 0 != default and "0:" not in meaning
         if zero or str(value).startswith("-"):
             parser.error(f"{name} cannot be {value}")
+    os.makedirs(args.out, exist_ok=True)  # a bad folder ends the run here
     return args
 
 
@@ -318,8 +322,7 @@ def read_idx(path, own):
 
 
 def save_model(args, model):
-    """Write model.pt."""
-    os.makedirs(args.out, exist_ok=True)
+    """Write model.pt: the weights of the model in main, and the settings."""
     part = f"{args.out}/model.part"
     torch.save({"weights": model.state_dict(), "settings": vars(args)}, part)
     os.replace(part, f"{args.out}/model.pt")

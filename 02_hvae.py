@@ -12,14 +12,14 @@ levels. In the text's code, z2 is switched off; the second lesson says why. (The
 bounds the log of a density of pixels in [0, 1], so it can be positive; bits/dim:
 -ELBO / (784 ln 2) + log2 255.)
 
-    python 02_hvae.py            two minutes on two CPU cores
+    python 02_hvae.py            2-4 minutes on two CPU cores
     python 02_hvae.py --quick    a smoke test
 
 Expect  ELBO +808 nats, of which level 2 costs 8; one level: +782. In the text's model
         level 2 costs 0. See levels.png.
 Read    `TwoLevelVAE` first.
-Try     easy: --faults: one at a time.
-        medium: --latent-dim 5. What does each level cost?
+Try     easy: --faults. What does each fault do?
+        medium: --latent-dim 5 --out out/try. What does each level cost?
         harder: a third level, like `encoder2`. Which J needs care?
 Text    拡散モデルの理論, appendix C, after the book ゼロから作るDeep Learning 5
 """
@@ -52,7 +52,7 @@ SETTINGS = {
     "data": ("", "folder of the four MNIST files, or drawn: digits of a font"),
     "out": ("out/02_hvae", "folder of the results"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or mps"),
-    "seed": (0, "the same seed gives the same numbers on one machine"),
+    "seed": (0, "the same seed gives the same numbers on one CPU"),
     "load": ("", "a model.pt to start from; --epochs 0 only evaluates it"),
     "quick": (False, "a smoke test of seconds; its results mean little"),
 }
@@ -268,9 +268,9 @@ def plot_levels(args, models, x):
 
 
 def show_grid(images, columns, title):
-    """Show images (N, C, H, W) in [0, 1], C = 1 or 3, as framed tiles."""
+    """Draw images (N, C, H, W) in [0, 1], C = 1 or 3, into the current axes of plt."""
     padding = [1, 1, 1, 1, 0, 0, 0, -len(images) % columns]  # a frame, and full rows
-    tiles = F.pad(images.cpu(), padding, value=0.5).movedim(1, 3)
+    tiles = F.pad(images.detach().cpu(), padding, value=0.5).movedim(1, 3)
     rows = [np.hstack(row) for row in tiles.split(columns)]
     plt.imshow(np.vstack(rows), "gray", vmin=0, vmax=1)
     plt.title(title)
@@ -306,9 +306,12 @@ def get_args(argv=None):
         kind = {"type": type(default), "choices": choices or None}
         if default is False:
             kind = {"action": "store_true"}
-        flag = f"--{name.replace('_', '-')}"
-        meaning = f"{meaning} (default: {default})"
-        parser.add_argument(flag, default=default, help=meaning, **kind)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=default,
+            help=f"{meaning} (default: {default})",
+            **kind
+        )
     args = parser.parse_args(argv)
     if args.quick:  # flags on the command line win over QUICK
         parser.set_defaults(**QUICK)
@@ -318,6 +321,7 @@ def get_args(argv=None):
         zero = value == 0 != default and "0:" not in meaning
         if zero or str(value).startswith("-"):
             parser.error(f"{name} cannot be {value}")
+    os.makedirs(args.out, exist_ok=True)  # a bad folder ends the run here
     return args
 
 
@@ -360,8 +364,7 @@ def read_idx(path, own):
 
 
 def save_model(args, model):
-    """Write model.pt."""
-    os.makedirs(args.out, exist_ok=True)
+    """Write model.pt: the weights of the model in main, and the settings."""
     part = f"{args.out}/model.part"
     torch.save({"weights": model.state_dict(), "settings": vars(args)}, part)
     os.replace(part, f"{args.out}/model.pt")

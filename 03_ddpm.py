@@ -10,15 +10,15 @@ In T = 1000 small steps, an image x_0 dissolves in noise: ᾱ_t falls from 1 to 
 network ε_θ only learns to tell the noise in x_t from the image. That is enough to go
 back: guess the image, step a little towards it, add a little fresh noise, repeat.
 
-    python 03_ddpm.py            9 minutes on two CPU cores
+    python 03_ddpm.py            9-20 minutes on two CPU cores
     python 03_ddpm.py --quick    a smoke test
 
-Expect  L_simple below 0.025; chain.png: noise becomes digits.
+Expect  loss (L_simple) below 0.025; chain.png: noise becomes digits.
 Read    `Diffusion` and `train`: they are DDPM.
 Try     easy: --T 100 --out out/T100. How many steps does a digit need?
         medium: in `Diffusion`, the cosine schedule (arXiv:2102.09672, eq. 17).
-        harder: add an embedding of y.long(), the label, to `emb`; then `sample` takes
-        `lambda x, t: model(x, t, y)` as its model.
+        harder: add an embedding of y.long(), if given, to `emb`; `train` gets labels,
+        `sample` `lambda x, t: model(x, t, y)`.
 Paper   Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, arXiv:2006.11239
 Text    拡散モデルの理論, sections 8.2 to 8.4; ex. and eq. 5.x: 第5章 演習問題の解答
 """
@@ -45,13 +45,13 @@ SETTINGS = {
     "epochs": (8, "passes over the training images; 0: none"),
     "batch_size": (32, "images per step"),
     "lr": (2e-3, "highest learning rate"),
-    "T": (1000, "steps from image to noise"),
+    "T": (1000, "steps from image to noise, above 20"),
     "samples": (100, "images to generate"),
     "train_size": (60000, "how many training images to use"),
     "data": ("", "folder of the four MNIST files, or drawn: digits of a font"),
     "out": ("out/03_ddpm", "folder of the results"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or mps"),
-    "seed": (0, "the same seed gives the same numbers on one machine"),
+    "seed": (0, "the same seed gives the same numbers on one CPU"),
     "load": ("", "a model.pt to start from; --epochs 0 only evaluates it"),
     "quick": (False, "a smoke test of seconds; its results mean little"),
 }
@@ -62,9 +62,10 @@ QUICK = {"epochs": 1, "T": 30, "samples": 20, "train_size": 512}
 class Diffusion:
     """The chain x_0, x_1, ..., x_T: q adds noise, p_θ removes it (text 8.2, 8.4).
 
-    Images x (B, C, H, W) have pixels in [-1, 1]; t is a number in 1..T, or one for each
-    image (B,). model(x_t, t) estimates the noise ε in x_t. Tables (T + 1, 1, 1, 1) are
-    indexed by t; they are computed in float64, because 1 - ᾱ_t is small at first.
+    Images x (B, C, H, W) have pixels in [-1, 1] (points: (B, 2, 1, 1)); t is a number
+    in 1..T, or one for each image (B,). model(x_t, t) estimates the noise ε in x_t.
+    Tables (T + 1, 1, 1, 1) are indexed by t; they are computed in float64, because
+    1 - ᾱ_t is small at first.
     """
 
     def __init__(self, T=1000, device="cpu"):
@@ -95,7 +96,8 @@ class Diffusion:
         What the network predicts is decided here and in the loss of `train`.
         """
         x0 = (x_t - self.noise[t] * model(x_t, t)) / self.signal[t]
-        return x0.clamp(-1, 1)  # at large t, errors are divided by almost 0
+        # At large t, errors are divided by almost 0. (Latents are not in [-1, 1].)
+        return x0.clamp(-1, 1)
 
     def q_mean(self, x0, x_t, t):
         """Return μ̃_t, the mean of q(x_{t-1} | x_t, x_0) (eq. 5.28; DDPM eq. 7).
@@ -209,7 +211,8 @@ def train(args, diffusion, model, images, history):
             t = torch.randint(1, diffusion.T + 1, [len(x0)], device=x0.device)
             eps = torch.randn_like(x0)
             x_t = diffusion.q_sample(x0, t, eps)
-            loss = (eps - model(x_t, t)).square().mean()  # L_simple; see predict_x0
+            # L_simple: the mean of (ε - ε_θ(x_t, t))²; see predict_x0, too
+            loss = F.mse_loss(model(x_t, t), eps)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -370,7 +373,7 @@ def plot_chain(args, diffusion, model, x0, samples):
     tiles = torch.stack(columns, 1).flatten(0, 1)
     plt.figure(figsize=(13, 6), layout="constrained")
     plt.subplot(1, 2, 1)
-    title = f"t = {diffusion.T}, ..., 1: x_t by q; by p_θ; its x̂_0"
+    title = f"from t = {diffusion.T} to 1: x_t by q, x_t by p_θ, its guess x̂_0"
     show_grid((tiles + 1) / 2, len(columns), title)
     plt.subplot(1, 2, 2)
     show_grid((samples + 1) / 2, 10, "samples")
@@ -378,9 +381,9 @@ def plot_chain(args, diffusion, model, x0, samples):
 
 
 def show_grid(images, columns, title):
-    """Show images (N, C, H, W) in [0, 1], C = 1 or 3, as framed tiles."""
+    """Draw images (N, C, H, W) in [0, 1], C = 1 or 3, into the current axes of plt."""
     padding = [1, 1, 1, 1, 0, 0, 0, -len(images) % columns]  # a frame, and full rows
-    tiles = F.pad(images.cpu(), padding, value=0.5).movedim(1, 3)
+    tiles = F.pad(images.detach().cpu(), padding, value=0.5).movedim(1, 3)
     rows = [np.hstack(row) for row in tiles.split(columns)]
     plt.imshow(np.vstack(rows), "gray", vmin=0, vmax=1)
     plt.title(title)
@@ -416,9 +419,12 @@ def get_args(argv=None):
         kind = {"type": type(default), "choices": choices or None}
         if default is False:
             kind = {"action": "store_true"}
-        flag = f"--{name.replace('_', '-')}"
-        meaning = f"{meaning} (default: {default})"
-        parser.add_argument(flag, default=default, help=meaning, **kind)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=default,
+            help=f"{meaning} (default: {default})",
+            **kind
+        )
     args = parser.parse_args(argv)
     if args.quick:  # flags on the command line win over QUICK
         parser.set_defaults(**QUICK)
@@ -428,6 +434,7 @@ def get_args(argv=None):
         zero = value == 0 != default and "0:" not in meaning
         if zero or str(value).startswith("-"):
             parser.error(f"{name} cannot be {value}")
+    os.makedirs(args.out, exist_ok=True)  # a bad folder ends the run here
     return args
 
 
@@ -470,8 +477,7 @@ def read_idx(path, own):
 
 
 def save_model(args, model):
-    """Write model.pt."""
-    os.makedirs(args.out, exist_ok=True)
+    """Write model.pt: the weights of the model in main, and the settings."""
     part = f"{args.out}/model.part"
     torch.save({"weights": model.state_dict(), "settings": vars(args)}, part)
     os.replace(part, f"{args.out}/model.pt")

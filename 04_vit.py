@@ -9,12 +9,12 @@ Cut a digit into 4x4 patches, and turn each into a vector: a token. In each bloc
 ask each other what they know (attention), then each thinks for itself (the MLP). One
 more, the class token, collects the answer. Only E_pos says where a patch was.
 
-    python 04_vit.py            4 minutes on two CPU cores
-    python 04_vit.py --quick    near chance; --epochs 6 --train-size 10000: a short run
+    python 04_vit.py            4-8 minutes on two CPU cores
+    python 04_vit.py --quick    a smoke test; --epochs 6 --train-size 10000: a short run
 
 Expect  99.2% test accuracy (chance 10%); results.png.
 Read    `Attention`, `Block` and `VisionTransformer`; the rest can wait.
-Try     easy: --patch-size 14, then 4. What is gained, and what does it cost?
+Try     easy: --patch-size 4 --out out/try, then 14. What is gained, what does it cost?
         medium: in `embed`, reorder the patches in one fixed way. Does it matter?
         harder: a masked autoencoder: `encode` some tokens of `embed`, predict the rest.
 Paper   Dosovitskiy et al.: An Image is Worth 16x16 Words, arXiv:2010.11929
@@ -53,9 +53,9 @@ SETTINGS = {
     "data": ("", "folder of the four MNIST files, or drawn: digits of a font"),
     "out": ("out/04_vit", "folder of the results"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or mps"),
-    "seed": (0, "the same seed gives the same numbers on one machine"),
+    "seed": (0, "the same seed gives the same numbers on one CPU"),
     "load": ("", "a model.pt to start from; --epochs 0 only evaluates it"),
-    "quick": (False, "a smoke test of seconds; its results are about chance"),
+    "quick": (False, "a smoke test of seconds; its results mean little"),
 }
 QUICK = {"train_size": 512, "tune_steps": 5}
 
@@ -172,7 +172,7 @@ def to_float(images):
 
 
 def jitter(x):
-    """Distort each image (B, 1, H, W) by a random affine map, to be ignored."""
+    """Distort each image (B, C, H, W), in [-1, 1], by a random map, to be ignored."""
     affine = 0.05 * torch.randn(len(x), 2, 3, device=x.device)
     affine += torch.eye(2, 3, device=x.device)
     grid = F.affine_grid(affine, x.shape, False)
@@ -385,9 +385,9 @@ def plot_results(args, model, x):
 
 
 def show_grid(images, columns, title):
-    """Show images (N, C, H, W) in [0, 1], C = 1 or 3, as framed tiles."""
+    """Draw images (N, C, H, W) in [0, 1], C = 1 or 3, into the current axes of plt."""
     padding = [1, 1, 1, 1, 0, 0, 0, -len(images) % columns]  # a frame, and full rows
-    tiles = F.pad(images.cpu(), padding, value=0.5).movedim(1, 3)
+    tiles = F.pad(images.detach().cpu(), padding, value=0.5).movedim(1, 3)
     rows = [np.hstack(row) for row in tiles.split(columns)]
     plt.imshow(np.vstack(rows), "gray", vmin=0, vmax=1)
     plt.title(title)
@@ -423,9 +423,12 @@ def get_args(argv=None):
         kind = {"type": type(default), "choices": choices or None}
         if default is False:
             kind = {"action": "store_true"}
-        flag = f"--{name.replace('_', '-')}"
-        meaning = f"{meaning} (default: {default})"
-        parser.add_argument(flag, default=default, help=meaning, **kind)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=default,
+            help=f"{meaning} (default: {default})",
+            **kind
+        )
     args = parser.parse_args(argv)
     if args.quick:  # flags on the command line win over QUICK
         parser.set_defaults(**QUICK)
@@ -435,6 +438,7 @@ def get_args(argv=None):
         zero = value == 0 != default and "0:" not in meaning
         if zero or str(value).startswith("-"):
             parser.error(f"{name} cannot be {value}")
+    os.makedirs(args.out, exist_ok=True)  # a bad folder ends the run here
     return args
 
 
@@ -477,8 +481,7 @@ def read_idx(path, own):
 
 
 def save_model(args, model):
-    """Write model.pt."""
-    os.makedirs(args.out, exist_ok=True)
+    """Write model.pt: the weights of the model in main, and the settings."""
     part = f"{args.out}/model.part"
     torch.save({"weights": model.state_dict(), "settings": vars(args)}, part)
     os.replace(part, f"{args.out}/model.pt")

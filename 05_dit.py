@@ -11,13 +11,13 @@ happens. In each block, t and y shift and scale what enters attention and MLP, a
 what leaves. In training the class is sometimes hidden (∅), so the network also learns
 to answer without it; guidance, g > 1, exaggerates the difference.
 
-    python 05_dit.py        8 minutes on two CPU cores (--quick: a smoke test)
+    python 05_dit.py        7-12 minutes on two CPU cores (--quick: a smoke test)
 
 Expect  results.png; to a classifier, 99% of samples show the right digit (chance: 10%).
 Read    `DiTBlock`, `Diffusion`, `guided`; the rest can wait.
 Try     easy: --epochs 0 --load out/05_dit/model.pt --out out/try --guidance 4
         medium: DDIM: let `step` return signal[s] x̂_0 + noise[s] ε̂, adding no noise.
-        harder: flow matching (faster): x_t, target in `loss`; `step`; bound: zeros(()).
+        harder: flow matching, which learns faster: see `loss` in `Diffusion`.
 Paper   Peebles, Xie: Scalable Diffusion Models with Transformers, arXiv:2212.09748
 Texts   [논문분석] Scalable Diffusion Models with Transformers; 第5章 解答, ex. 5.7
 """
@@ -54,7 +54,7 @@ SETTINGS = {
     "data": ("", "folder of the four MNIST files, or drawn: digits of a font"),
     "out": ("out/05_dit", "folder of the results"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or mps"),
-    "seed": (0, "the same seed gives the same numbers on one machine"),
+    "seed": (0, "the same seed gives the same numbers on one CPU"),
     "load": ("", "a model.pt to start from; --epochs 0 only evaluates it"),
     "quick": (False, "a smoke test of seconds; its results mean little"),
 }
@@ -122,9 +122,9 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Latents x_t (B, C, H, W), times t (B,), classes y (B,) -> ε̂ and v, like x_t.
 
-    y = num_classes means no class. Parameters have the names of facebookresearch/DiT:
-    DiT(32, 2, 4, 1152, 28, 16, 1000) is DiT-XL/2 and takes its weights, strict=True.
-    These weights count times from 0: call it with t - 1.
+    t is in 1..T, and y = num_classes means no class. Parameters have the names of
+    facebookresearch/DiT: DiT(32, 2, 4, 1152, 28, 16, 1000) is DiT-XL/2 and takes its
+    weights, strict=True. These weights count times from 0: call it with t - 1.
     """
 
     def __init__(
@@ -194,7 +194,8 @@ class Diffusion:
     model(x_t, t, y) returns ε̂, its estimate of the noise, and v, for the variance (see
     the second lesson; not v-prediction). A network that predicts something else needs a
     wrapper that returns ε̂ and v, and has num_classes; `loss` weighs errors as those of
-    ε̂, so change it, too. The tables (T + 1, 1, 1, 1) are indexed by t.
+    ε̂, so change it, too. The tables (T + 1, 1, 1, 1) are indexed by t in 1..T. Latents
+    have no bounds; for pixels, clamp x̂_0 in `step`.
     """
 
     def __init__(self, T=1000, device="cpu"):
@@ -220,11 +221,15 @@ class Diffusion:
         return mean, beta_tilde.clamp(min=self.least), beta  # β̃_1 = 0 has no log
 
     def loss(self, model, x0, y, t):
-        """Return L_simple and, in nats, the loss of the variance (second lesson)."""
+        """Return L_simple and, in nats, the loss of the variance (second lesson).
+
+        Flow matching, with τ = t / T, has x_t = (1 - τ) x_0 + τ ε here and the target
+        ε - x_0, x_t - (t - s) / T ε̂ in `step`, and torch.zeros(()) as its bound.
+        """
         eps = torch.randn_like(x0)
         x_t = self.signal[t] * x0 + self.noise[t] * eps
         eps_hat, v = model(x_t, t, y)
-        simple = (eps - eps_hat).square().mean()  # DDPM eq. 14
+        simple = F.mse_loss(eps_hat, eps)  # mean of (ε - ε̂)², DDPM eq. 14
         return simple, variance_loss(self, eps, eps_hat.detach(), v, x_t, t)
 
     def step(self, eps_hat, v, x_t, t, s):
@@ -265,7 +270,7 @@ def to_float(images):
 
 
 def train(args, diffusion, model, latents, labels, history):
-    """Minimize L_simple + L_{t-1} on latents (N, C, H, W) with labels (N,).
+    """Minimize L_simple + L_{t-1} on latents (N, C, H, W) with int64 labels (N,).
 
     The paper uses AdamW with a constant rate, and averages the weights.
     """
@@ -500,9 +505,9 @@ def main(argv=None):
 
 
 def show_grid(images, columns, title):
-    """Show images (N, C, H, W) in [0, 1], C = 1 or 3, as framed tiles."""
+    """Draw images (N, C, H, W) in [0, 1], C = 1 or 3, into the current axes of plt."""
     padding = [1, 1, 1, 1, 0, 0, 0, -len(images) % columns]  # a frame, and full rows
-    tiles = F.pad(images.cpu(), padding, value=0.5).movedim(1, 3)
+    tiles = F.pad(images.detach().cpu(), padding, value=0.5).movedim(1, 3)
     rows = [np.hstack(row) for row in tiles.split(columns)]
     plt.imshow(np.vstack(rows), "gray", vmin=0, vmax=1)
     plt.title(title)
@@ -538,9 +543,12 @@ def get_args(argv=None):
         kind = {"type": type(default), "choices": choices or None}
         if default is False:
             kind = {"action": "store_true"}
-        flag = f"--{name.replace('_', '-')}"
-        meaning = f"{meaning} (default: {default})"
-        parser.add_argument(flag, default=default, help=meaning, **kind)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=default,
+            help=f"{meaning} (default: {default})",
+            **kind
+        )
     args = parser.parse_args(argv)
     if args.quick:  # flags on the command line win over QUICK
         parser.set_defaults(**QUICK)
@@ -550,6 +558,7 @@ def get_args(argv=None):
         zero = value == 0 != default and "0:" not in meaning
         if zero or str(value).startswith("-"):
             parser.error(f"{name} cannot be {value}")
+    os.makedirs(args.out, exist_ok=True)  # a bad folder ends the run here
     return args
 
 
@@ -592,8 +601,7 @@ def read_idx(path, own):
 
 
 def save_model(args, model):
-    """Write model.pt."""
-    os.makedirs(args.out, exist_ok=True)
+    """Write model.pt: the weights of the model in main, and the settings."""
     part = f"{args.out}/model.part"
     torch.save({"weights": model.state_dict(), "settings": vars(args)}, part)
     os.replace(part, f"{args.out}/model.pt")

@@ -9,13 +9,13 @@ the right answers are on the diagonal (chance: ln B). Nobody says what a digit o
 is; telling pairs apart teaches it. But a bag of words is often enough for that. Twins,
 the same two things with places swapped, make batches in which word order counts.
 
-Run     python 06_clip.py       5 minutes on two CPU cores (--quick: a smoke test)
+Run     python 06_clip.py       5-11 minutes on two CPU cores (--quick: a smoke test)
 Expect  98% of unseen images find their caption among 1,000 (chance: 0.1%); results.png.
 Read    `CLIP` and `clip_loss`, then `evaluate`; the rest can wait.
 Try     easy: --epochs 0 --load out/06_clip/model.pt --out out/try --prompt "a red one"
-        medium: --twins 0.1, then 0.02. How many are enough for "places bound"?
+        medium: --twins 0.1 --out out/try. How many are enough for "places bound"?
         harder: in `clip_loss`, SigLIP (arXiv:2303.15343): -F.logsigmoid(±(logits + b)),
-        summed, / B (chance: ln B + 1); + on the diagonal; `CLIP` gets b, at first -5.
+        summed, / B (chance: ln B + 1); + on the diagonal; b starts at -10, e^t at 10.
 Paper   Radford et al.: Learning Transferable Visual Models From Natural Language
         Supervision, arXiv:2103.00020.    Text: 第6章 演習問題の解答, ex. 6.1-6.8
 """
@@ -47,13 +47,13 @@ SETTINGS = {
     "twins": (0.5, "fraction of twins among the scenes, at most 0.5; 0: none"),
     "prompt": (
         "a red three above a blue seven; a blue seven above a red three",
-        "sentences to find images for, separated by a semicolon and a space"
+        "sentences to find images for, separated by semicolons"
     ),
     "train_size": (60000, "how many training images to use"),
     "data": ("", "folder of the four MNIST files, or drawn: digits of a font"),
     "out": ("out/06_clip", "folder of the results"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or mps"),
-    "seed": (0, "the same seed gives the same numbers on one machine"),
+    "seed": (0, "the same seed gives the same numbers on one CPU"),
     "load": ("", "a model.pt to start from; --epochs 0 only evaluates it"),
     "quick": (False, "a smoke test of seconds; its results mean little"),
 }
@@ -64,7 +64,8 @@ QUICK = {"train_size": 512}
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D).
 
-    The mask (N, N) is added to the scores: -inf where a token must not look.
+    The mask (N, N) is added to the scores: -inf where a token must not look, else 0
+    (no bool).
     """
 
     def __init__(self, dim, num_heads):
@@ -174,10 +175,10 @@ class CLIP(nn.Module):
         return self.ln_final(self.transformer(x, later))
 
     def encode_text(self, tokens):
-        """Turn tokens (B, L) into features w (B, E) of length 1, read at END."""
+        """Turn tokens into features w (B, E) of length 1, read at END, the largest."""
         x = self.encode_tokens(tokens)
         rows = torch.arange(len(x), device=x.device)
-        x = x[rows, tokens.argmax(1)]  # END is the largest token: (B, D)
+        x = x[rows, tokens.argmax(1)]  # at END: (B, D)
         return F.normalize(x @ self.text_projection, dim=1)
 
     def logits(self, u, w):
@@ -189,7 +190,7 @@ class CLIP(nn.Module):
 
 
 def clip_loss(model, images, tokens, scenes):
-    """CLIP's loss (its figure 3), in nats; pairs share an index (scenes: for ITC)."""
+    """CLIP's loss (its figure 3), in nats; pairs share an index. scenes: see ITC."""
     logits = model(images, tokens)  # (B, B)
     answers = torch.arange(len(logits), device=logits.device)  # on the diagonal
     loss_i = F.cross_entropy(logits, answers)  # each image finds its sentence (ex. 6.1)
@@ -430,7 +431,7 @@ class ITC:
     that even a small batch has many wrong answers (ex. 6.8). Chance: ln(B + M), once
     the queue is full. Li et al.: Align before Fuse, arXiv:2107.07651, section 3.2,
     without its soft targets; the queue is that of He et al.: Momentum Contrast,
-    arXiv:1911.05722.
+    arXiv:1911.05722. Rows of scenes (B, K) are equal where captions are.
     """
 
     M = 4096
@@ -463,7 +464,7 @@ class ITC:
 # ---- Main and figures ----------------------------------------------------------------
 def main(argv=None):
     args = get_args(argv)
-    prompts = args.prompt.split("; ")
+    prompts = args.prompt.split(";")
     tokens = tokenize(prompts).to(args.device)  # an unknown word ends the run here
     torch.manual_seed(args.seed)
     digits, labels, test_digits, test_labels, source = load_data(args)
@@ -486,7 +487,7 @@ def main(argv=None):
     plt.subplot(2, 1, 1)
     for kind, height in zip(results, (0.8, 0.5, 0.1)):
         plt.barh([*results[kind]], results[kind].values(), height)
-    plt.title("unseen images (wide: seen pairs, narrow: held-out pairs, thin: chance)")
+    plt.title("share of unseen images (wide: seen, narrow: held out, thin: chance)")
     plt.subplot(2, 1, 2)
     everyone = torch.arange(len(test_labels), device=args.device)
     scenes, index = sample_scenes(test_labels, everyone)
@@ -499,9 +500,9 @@ def main(argv=None):
 
 
 def show_grid(images, columns, title):
-    """Show images (N, C, H, W) in [0, 1], C = 1 or 3, as framed tiles."""
+    """Draw images (N, C, H, W) in [0, 1], C = 1 or 3, into the current axes of plt."""
     padding = [1, 1, 1, 1, 0, 0, 0, -len(images) % columns]  # a frame, and full rows
-    tiles = F.pad(images.cpu(), padding, value=0.5).movedim(1, 3)
+    tiles = F.pad(images.detach().cpu(), padding, value=0.5).movedim(1, 3)
     rows = [np.hstack(row) for row in tiles.split(columns)]
     plt.imshow(np.vstack(rows), "gray", vmin=0, vmax=1)
     plt.title(title)
@@ -537,9 +538,12 @@ def get_args(argv=None):
         kind = {"type": type(default), "choices": choices or None}
         if default is False:
             kind = {"action": "store_true"}
-        flag = f"--{name.replace('_', '-')}"
-        meaning = f"{meaning} (default: {default})"
-        parser.add_argument(flag, default=default, help=meaning, **kind)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=default,
+            help=f"{meaning} (default: {default})",
+            **kind
+        )
     args = parser.parse_args(argv)
     if args.quick:  # flags on the command line win over QUICK
         parser.set_defaults(**QUICK)
@@ -549,6 +553,7 @@ def get_args(argv=None):
         zero = value == 0 != default and "0:" not in meaning
         if zero or str(value).startswith("-"):
             parser.error(f"{name} cannot be {value}")
+    os.makedirs(args.out, exist_ok=True)  # a bad folder ends the run here
     return args
 
 
@@ -591,8 +596,7 @@ def read_idx(path, own):
 
 
 def save_model(args, model):
-    """Write model.pt."""
-    os.makedirs(args.out, exist_ok=True)
+    """Write model.pt: the weights of the model in main, and the settings."""
     part = f"{args.out}/model.part"
     torch.save({"weights": model.state_dict(), "settings": vars(args)}, part)
     os.replace(part, f"{args.out}/model.pt")

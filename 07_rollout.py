@@ -11,11 +11,11 @@ all layers. We know where the digit is, so a map can be measured: does its stron
 patch touch the digit (pointing)? How much of it lies there (mass)? How fast does the
 answer fall when the strongest patches go black (deletion)?
 
-    python 07_rollout.py            7 minutes on two CPU cores
+    python 07_rollout.py            6-13 minutes on two CPU cores
     python 07_rollout.py --quick    a smoke test; --epochs 6 --train-size 10000: short
 
-Expect  Rollout points at the digit in 100% of scenes, the last layer in 52%. Untrained,
-        rollout still gets 73%: a good map need not explain. See measures.png.
+Expect  Rollout points at the digit in 100% of scenes, the last layer in 23 to 52%.
+        Untrained, rollout still gets 73%: a good map need not explain. measures.png
 Read    `attention_rollout` and `explain`.
 Try     easy: --clutter 12 --out out/clutter12. Which maps get worse?
         medium: one more line in `explain`: rollout of head 0 alone.
@@ -53,9 +53,9 @@ SETTINGS = {
     "data": ("", "folder of the four MNIST files, or drawn: digits of a font"),
     "out": ("out/07_rollout", "folder of the results"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or mps"),
-    "seed": (0, "the same seed gives the same numbers on one machine"),
+    "seed": (0, "the same seed gives the same numbers on one CPU"),
     "load": ("", "a model.pt to start from; --epochs 0 only evaluates it"),
-    "quick": (False, "a smoke test of seconds; its results are about chance"),
+    "quick": (False, "a smoke test of seconds; its results mean little"),
 }
 QUICK = {"epochs": 3, "train_size": 512, "measured": 20}
 
@@ -291,7 +291,8 @@ FRACTIONS = [(i / 6) ** 2 for i in range(7)]  # 0, 1, 4, 9, ... of 36: dense at 
 
 def to_pixels(maps):
     """Spread a value for each patch (B, 36), row by row, over its pixels."""
-    return F.interpolate(maps.view(-1, 1, 6, 6), scale_factor=8)  # (B, 1, 48, 48)
+    # to (B, 1, 48, 48)
+    return F.interpolate(maps.view(len(maps), 1, 6, 6), scale_factor=8)
 
 
 def overlap(boxes):
@@ -332,22 +333,21 @@ def deletion(model, x, labels, maps):
 
 
 def measure(model, x, labels, boxes):
-    """Return the three measures and the curve of deletion, by map name."""
+    """Return the three measures, and the curves of deletion (7,), by map name."""
     maps, inside = explain(model, x), overlap(boxes)
     maps["ink"] = F.avg_pool2d(x + 1, 8).flatten(1)
     maps["random"] = torch.rand_like(inside)
     maps["the box"] = inside
-    results = {}
+    results, curves = {}, {}
     for name, values in maps.items():
         assert (values >= 0).all(), f"the map {name} is negative or NaN"
-        curve = deletion(model, x, labels, values).mean(0).cpu()
+        curve = curves[name] = deletion(model, x, labels, values).mean(0).cpu()
         results[name] = {
             "pointing": pointing(values, inside).mean().item(),
             "mass": mass(values, inside).mean().item(),
             "deletion": torch.trapezoid(curve, torch.tensor(FRACTIONS)).item(),
-            "curve": curve.tolist(),
         }
-    return results
+    return results, curves
 
 
 # ---- Main and figures ----------------------------------------------------------------
@@ -371,26 +371,26 @@ def main(argv=None):
         answers = torch.cat([model(batch).argmax(1) for batch in x.split(500)])
     results = {"accuracy (chance 0.1)": (answers == test_labels).float().mean().item()}
     data = [tensor[: args.measured] for tensor in (x, test_labels, boxes)]
-    results["trained"] = measure(model, *data)
-    results["untrained"] = measure(untrained, *data)
+    results["trained"], curves = measure(model, *data)
+    results["untrained"], _ = measure(untrained, *data)
     save_metrics(args, results=results, history=history, data=source)
-    plot_measures(args, results)
+    plot_measures(args, results, curves)
     plot_maps(args, x[:8], explain(model, x[:8]))
 
 
-def plot_measures(args, results):
+def plot_measures(args, results, curves):
     """Plot curves of deletion, and pointing and mass before and after training."""
     plt.figure(figsize=(15, 5), layout="constrained")
-    for i, key in enumerate(["pointing", "mass"]):
-        plt.subplot(1, 3, i + 1)
+    for place, key in (131, "pointing"), (132, "mass"):
+        plt.subplot(place)
         for network, height in [("untrained", 0.8), ("trained", 0.4)]:
             values = [row[key] for row in results[network].values()]
             plt.barh(list(results[network]), values, height, label=network)
         plt.xlabel(key)
         plt.legend()
-    plt.subplot(1, 3, 3)
-    for name, row in results["trained"].items():
-        plt.plot(FRACTIONS, row["curve"], ".-", label=name)
+    plt.subplot(133)
+    for name, curve in curves.items():
+        plt.plot(FRACTIONS, curve, ".-", label=name)
     plt.xlabel("fraction of patches blackened, strongest first")
     plt.ylabel("probability of the right class")
     plt.legend()
@@ -411,9 +411,9 @@ def plot_maps(args, x, maps):
 
 
 def show_grid(images, columns, title):
-    """Show images (N, C, H, W) in [0, 1], C = 1 or 3, as framed tiles."""
+    """Draw images (N, C, H, W) in [0, 1], C = 1 or 3, into the current axes of plt."""
     padding = [1, 1, 1, 1, 0, 0, 0, -len(images) % columns]  # a frame, and full rows
-    tiles = F.pad(images.cpu(), padding, value=0.5).movedim(1, 3)
+    tiles = F.pad(images.detach().cpu(), padding, value=0.5).movedim(1, 3)
     rows = [np.hstack(row) for row in tiles.split(columns)]
     plt.imshow(np.vstack(rows), "gray", vmin=0, vmax=1)
     plt.title(title)
@@ -449,9 +449,12 @@ def get_args(argv=None):
         kind = {"type": type(default), "choices": choices or None}
         if default is False:
             kind = {"action": "store_true"}
-        flag = f"--{name.replace('_', '-')}"
-        meaning = f"{meaning} (default: {default})"
-        parser.add_argument(flag, default=default, help=meaning, **kind)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=default,
+            help=f"{meaning} (default: {default})",
+            **kind
+        )
     args = parser.parse_args(argv)
     if args.quick:  # flags on the command line win over QUICK
         parser.set_defaults(**QUICK)
@@ -461,6 +464,7 @@ def get_args(argv=None):
         zero = value == 0 != default and "0:" not in meaning
         if zero or str(value).startswith("-"):
             parser.error(f"{name} cannot be {value}")
+    os.makedirs(args.out, exist_ok=True)  # a bad folder ends the run here
     return args
 
 
@@ -503,8 +507,7 @@ def read_idx(path, own):
 
 
 def save_model(args, model):
-    """Write model.pt."""
-    os.makedirs(args.out, exist_ok=True)
+    """Write model.pt: the weights of the model in main, and the settings."""
     part = f"{args.out}/model.part"
     torch.save({"weights": model.state_dict(), "settings": vars(args)}, part)
     os.replace(part, f"{args.out}/model.pt")

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the scripts, and before torch
+if "MNIST_DIR" in os.environ:
+    os.environ["MNIST_DIR"] = os.path.abspath(os.environ["MNIST_DIR"])
 
 import matplotlib
 import pytest
@@ -74,8 +76,9 @@ def real_data():
 
 
 @pytest.fixture(autouse=True)
-def close_figures():
-    """The scripts leave their figures open, so that a notebook shows them."""
+def leave_no_traces(tmp_path, monkeypatch):
+    """Scripts make their folder where they run, and leave figures open for a notebook."""
+    monkeypatch.chdir(tmp_path)
     yield
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close("all")

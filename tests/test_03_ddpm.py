@@ -392,7 +392,7 @@ def a_run(tmp_path_factory):
         patch.setattr(ddpm, "load_data", lambda args: (white, labels, 0 * white, labels, "mine"))
         ddpm.main(["--quick", "--samples", "13", "--out", str(out), "--device", "cpu"])
     axes = [axes for number in ddpm.plt.get_fignums() for axes in ddpm.plt.figure(number).axes]
-    axes.sort(key=lambda axes: (len(axes.lines), "t = 30, ..., 1" in axes.get_title()))
+    axes.sort(key=lambda axes: (len(axes.lines), "t = 30 to 1" in axes.get_title()))
     net = ddpm.UNet().eval().requires_grad_(False)
     net.load_state_dict(torch.load(out / "model.pt", weights_only=True)["weights"])
     results = json.loads((out / "metrics.json").read_text())["results"]
@@ -420,7 +420,7 @@ def test_pictures_show_the_chain_both_ways_and_the_saved_samples(a_run):
     assert images.shape == (13, 28, 28) and images.dtype == np.uint8
     assert (255 * tiles(samples, 10).flatten(0, 1)[:13] - torch.tensor(images)).abs().max() < 0.51
     chain, x = ddpm.Diffusion(30), 2 * tiles(shown, 11).view(3, 3, 11, 1, 28, 28) - 1
-    assert "t = 30, ..., 1" in shown.get_title()
+    assert "t = 30 to 1" in shown.get_title()
     for column, t in enumerate([*range(30, 0, -3), 1]):
         by_q, x_t, x0_hat = x[:, :, column]
         eps = (by_q + chain.signal[t]) / chain.noise[t]  # of a black image

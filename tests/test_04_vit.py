@@ -314,7 +314,7 @@ def test_the_judge_counts_what_the_loaded_classifier_says(pos, tmp_path, monkeyp
         expected("two, σ = 1", real), expected("test images", real[::9])]
     with pytest.raises(AssertionError, match="add --load"):
         vit.main(flags)
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 # ---- What a run reports --------------------------------------------------------------

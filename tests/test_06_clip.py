@@ -399,7 +399,7 @@ def test_a_run_trains_with_the_loss_asked_for_and_draws_what_it_finds(loss, tmp_
     for kind, expected in zip(bars.containers, (*found, clip.CHANCE), strict=True):
         middles = [round(bar.get_y() + bar.get_height() / 2) for bar in kind]
         assert {names[y]: bar.get_width() for y, bar in zip(middles, kind)} == expected
-    assert "wide: seen pairs, narrow: held-out pairs, thin: chance" in bars.get_title()
+    assert "wide: seen, narrow: held out, thin: chance" in bars.get_title()
     heights = [kind[0].get_height() for kind in bars.containers]
     assert heights == sorted(heights, reverse=True)
     assert "a white one left of a white two" in nearest.get_title()

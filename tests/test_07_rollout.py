@@ -143,17 +143,17 @@ def test_the_measures_are_means_over_the_scenes_of_every_map(monkeypatch):
     drawn, labels = rollout.draw_characters(60)
     x, boxes = rollout.scenes(drawn, drawn, 2)
     model, inside = network().float(), rollout.overlap(boxes)
-    found = rollout.measure(model, x, labels, boxes)
+    found, curves = rollout.measure(model, x, labels, boxes)
     maps = rollout.explain(model, x)
     maps["ink"] = F.unfold(x + 1, 8, stride=8).mean(1)  # (B, 64, 36) -> (B, 36)
     maps["the box"] = inside
-    assert set(found) == {*maps, "random"}
+    assert set(found) == set(curves) == {*maps, "random"}
     for name, values in maps.items():
         pointing, mass = rollout.pointing(values, inside), rollout.mass(values, inside)
         curve = rollout.deletion(model, x, labels, values).mean(0).tolist()
         points = pairwise(zip(COUNTS, curve, strict=True))
         area = sum((n1 - n0) / 36 * (p0 + p1) / 2 for (n0, p0), (n1, p1) in points)
-        assert found[name]["curve"] == pytest.approx(curve, abs=1e-4)
+        assert curves[name].tolist() == pytest.approx(curve, abs=1e-4)
         expected = {"pointing": pointing.mean(), "mass": mass.mean(), "deletion": area}
         for key, value in expected.items():
             assert found[name][key] == pytest.approx(float(value), abs=1e-4)
@@ -325,7 +325,7 @@ def test_results_and_pictures_are_those_of_both_networks(tmp_path, monkeypatch):
     x, boxes = rollout.scenes(tests, tests, 2)
     right = (model(x).argmax(1) == answers).float().mean().item()
     assert results["accuracy (chance 0.1)"] == pytest.approx(right)
-    trained = rollout.measure(model, x[:8], answers[:8], boxes[:8])
+    trained, expected_curves = rollout.measure(model, x[:8], answers[:8], boxes[:8])
     for name, key in product(set(trained) - {"random"}, ("pointing", "mass", "deletion")):
         for found, expected in (("trained", trained), ("untrained", untrained)):
             assert results[found][name][key] == pytest.approx(expected[name][key], abs=1e-4)
@@ -342,8 +342,10 @@ def test_results_and_pictures_are_those_of_both_networks(tmp_path, monkeypatch):
             curves[line.get_label()] = list(zip(line.get_xdata(), line.get_ydata()))
     for key, which in product(("pointing", "mass"), ("trained", "untrained")):
         assert bars[key, which] == {name: row[key] for name, row in results[which].items()}
-    assert curves == {name: list(zip(rollout.FRACTIONS, row["curve"]))
-                      for name, row in results["trained"].items()}
+    assert set(curves) == set(trained)
+    for name in set(trained) - {"random"}:
+        assert [y for _, y in curves[name]] == pytest.approx(expected_curves[name].tolist())
+        assert [x for x, _ in curves[name]] == rollout.FRACTIONS
 
     picture = np.asarray(maps.axes[0].images[0].get_array()).squeeze()
     tiles = torch.tensor(picture.reshape(8, 50, -1, 50).swapaxes(1, 2)[:, :, 1:-1, 1:-1])

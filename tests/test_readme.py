@@ -178,7 +178,7 @@ def test_code_for_a_homework_runs(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(tmp_path)
     names = dict(x0=torch.zeros(2, 1, 28, 28), t=torch.tensor([1, 1000]),
-                 noise=torch.ones(2, 1, 28, 28))
+                 eps=torch.ones(2, 1, 28, 28))
     exec(code[0], names)
     assert names["x_t"].shape == (2, 1, 28, 28)
     assert names["x_t"].amax((1, 2, 3)).tolist() == pytest.approx([0.01, 1], abs=1e-4)

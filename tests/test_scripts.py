@@ -271,6 +271,12 @@ def test_wrong_flags_get_a_sentence_and_exit_code_2(flags, word, capsys):
     assert end.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_folder_that_cannot_be_made_ends_the_run_before_the_training(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError):
+        first.get_args(["--out", str(tmp_path / "file" / "out")])
+
+
 # ---- Files ---------------------------------------------------------------------------
 
 
