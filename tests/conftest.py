@@ -76,8 +76,9 @@ def real_data():
 
 
 @pytest.fixture(autouse=True)
-def leave_no_traces(tmp_path, monkeypatch):
+def the_same_start_for_every_test(tmp_path, monkeypatch):
     """Scripts make their folder where they run, and leave figures open for a notebook."""
+    torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     yield
     if "matplotlib.pyplot" in sys.modules:

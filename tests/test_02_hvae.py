@@ -71,7 +71,6 @@ def mean_elbo(model, x, draws, *J3_term):
 
 
 def test_kl_and_log_density_are_those_of_torch_distributions():
-    torch.manual_seed(0)
     q, p = torch.randn(2, 4, 6, dtype=torch.float64)
     x = torch.randn(4, 3, dtype=torch.float64)
     assert_close(hvae.gaussian_log_density(x, *q.chunk(2, 1)), normal(q).log_prob(x))
@@ -83,7 +82,6 @@ def test_kl_and_log_density_are_those_of_torch_distributions():
 
 def test_terms_are_those_of_the_text():
     """In expectation; so are the slopes of their sum in x and in the two variances."""
-    torch.manual_seed(0)
     model, p_x, (a, b, c, s1) = linear_gaussian(a=0.5)
     x, n, logvar = p_x.sample((4,)).requires_grad_(), 200000, model.pixel_logvar
     s1.requires_grad_()
@@ -105,7 +103,6 @@ def test_terms_are_those_of_the_text():
 @pytest.mark.parametrize("a, v", [(0.2, 1.0), (None, 1.0), (None, 0.4)])
 def test_for_any_posterior_the_elbo_is_the_mean_log_weight(a, v):
     """And the mean weight is p(x); with the exact posterior, every draw has that weight."""
-    torch.manual_seed(0)
     model, p_x, _ = linear_gaussian(a, v)
     x, n = p_x.sample((5,)), 100000
     weights, true = log_weight(model, x.repeat(n, 1)).view(n, 5), p_x.log_prob(x)
@@ -116,7 +113,6 @@ def test_for_any_posterior_the_elbo_is_the_mean_log_weight(a, v):
 
 
 def test_samples_have_the_mean_and_covariance_of_the_model():
-    torch.manual_seed(0)
     model, p_x, _ = linear_gaussian(v=0.4)
     x = model.sample(torch.randn(400000, 2, dtype=torch.float64))
     assert_close(x.mean(0), p_x.mean, atol=0.01, rtol=0)
@@ -139,18 +135,18 @@ def test_networks_are_layers_with_silu_in_between():
 def test_the_closed_form_falls_short_by_what_z2_knows_of_z1(a):
     """By Cov(z1, ẑ(z2) | x) = a b s1 in each dimension: ½ E[(z1 - ẑ)²] with the z1 that z2 was
     drawn from, and with z1 drawn anew, have the same means and differ by the covariance."""
-    torch.manual_seed(0)
     model, p_x, (a, b, _, s1) = linear_gaussian(a)
     x, bounds = p_x.sample((5,)), []
     for J3 in (hvae.sampled_J3, hvae.closed_form_J3):
         torch.manual_seed(1)  # the same draws, so that the difference is sharp
         bounds.append(mean_elbo(model, x, 200000, J3))
     assert_close(bounds[0] - bounds[1], (a * b * s1).sum().expand(5), atol=0.03, rtol=0)
+    ELBO, *_ = hvae.evaluate(model, x.repeat(20000, 1)).values()  # however it was trained
+    assert ELBO == pytest.approx(bounds[0].mean().item(), abs=0.05)
 
 
 def test_with_both_faults_twice_the_bound_is_the_texts_loss_and_a_constant():
     """The three squared errors and KL of text C.4."""
-    torch.manual_seed(0)
     model, x = hvae.SigmaOne(4), torch.rand(5, 784).repeat(1000, 1)
     model.decoder2.forward = lambda z2: gaussian(z2 + 1, 3 * torch.ones(4))  # 3 has no say
     with torch.no_grad():
@@ -168,7 +164,6 @@ def test_with_both_faults_twice_the_bound_is_the_texts_loss_and_a_constant():
 
 
 def test_one_level_has_the_prior_n_0_1():
-    torch.manual_seed(0)
     model, x = hvae.OneLevel(3), torch.rand(6, 784)
     *_, J3 = model.elbo(x, hvae.closed_form_J3)
     assert_close(J3, -kl_divergence(normal(model.encoder1(x)), Normal(0.0, 1.0)).sum(1))
@@ -197,7 +192,6 @@ class Scalar(nn.Module):
 def test_training_maximizes_the_sum_of_the_three_terms(more, best):
     """Each epoch sees each image once, in a new order; J3 is that of the draw, if not told else.
     With pixels of mean ½ the sum has no slope at w = 2/5, and in closed form at 1/5."""
-    torch.manual_seed(0)
     model, history, images = Scalar().eval(), [], torch.arange(0, 256, 5).byte().view(52, 1, 1)
     args = hvae.get_args("--epochs 60 --batch-size 20 --lr 0.05".split())
     hvae.train(args, model, images, history, **more)
@@ -262,13 +256,25 @@ def test_picture_shows_what_each_level_keeps_and_samples(a_run):
         mu2 = model.encoder2(mu1)[:, :4]
         rows = [x[:10], model.decoder1(mu1), model.decoder1(model.prior(mu2)[0])]
         assert_close(tiles[:3], torch.stack(rows))
-        draws = torch.stack([model.sample(mu2) for _ in range(300)])
-        error = (tiles[3:6] - draws.mean(0)).square().mean((1, 2)).sqrt()
-        assert (error < 2 * draws.var(0).mean().sqrt() + 1e-6).all()
         assert not tiles[3].equal(tiles[4])
         saved = torch.tensor(samples[name])
         assert saved.shape == (1000, 28, 28) and saved.dtype == torch.uint8
         assert (tiles[6:].reshape(50, 28, 28) * 255 - saved[:50]).abs().max() < 0.51
+
+
+def test_samples_stand_below_the_image_whose_z2_they_have_and_other_z2_are_standard_normal(tmp_path):
+    """Of a model whose z1, z2 and x̂ are the image itself, but for a little noise."""
+    model, x = hvae.TwoLevelVAE(784), torch.rand(10, 784)
+    for network in (model.encoder1, model.encoder2, model.decoder2):
+        network.forward = lambda z: gaussian(z, torch.tensor(-20.0).exp())
+    model.decoder1.forward = lambda z1: z1
+    args = hvae.get_args(["--latent-dim", "784", "--out", str(tmp_path)])
+    hvae.plot_levels(args, nn.ModuleDict({"sharp": model}), x)
+    tiles = torch.tensor(hvae.plt.gcf().axes[0].images[0].get_array())
+    tiles = tiles.view(11, 30, 10, 30)[:, 1:-1, :, 1:-1].transpose(1, 2).flatten(2)
+    assert_close(tiles[:6], x.expand(6, 10, 784), atol=1e-3, rtol=0)
+    z2 = tiles[6:]
+    assert abs(z2.mean()) < 0.02 and abs(z2.std() - 1) < 0.02 and z2.std((0, 1)).min() > 0.6
 
 
 def test_on_real_digits_both_levels_are_used_but_one_in_the_texts_model(real_data, tmp_path):

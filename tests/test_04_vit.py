@@ -14,11 +14,6 @@ from conftest import ROOT, load_script
 vit = load_script(ROOT / "04_vit.py")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def varied(model):
     """A model whose weights are large enough for attention to matter."""
     for p in model.parameters():

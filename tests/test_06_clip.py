@@ -22,11 +22,6 @@ END = len(clip.WORDS) + 2
 EVERY_SCENE = torch.cartesian_prod(*map(torch.arange, [10, 6, 10, 6, 2]))
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(1)
-
-
 def digits(count=40):
     """Squares of different size as digits, so that the picture tells the label."""
     labels = torch.arange(count) % 10
@@ -228,15 +223,19 @@ def test_an_image_shows_its_scene():
             assert side == pytest.approx((2 + 2 * d) / 28 * 0.58 * 40, rel=0.05, abs=0.3)
 
 
-def test_places_are_random_within_bounds():
+def test_places_are_random_within_bounds_and_independent():
     white = torch.tensor([0, 5, 0, 5, 0]).repeat(500, 1)  # both digits, one above the other
     ink = torch.zeros(500, 2, 28, 28, dtype=torch.uint8)
-    ink[:, 0, 13:15, 13:15] = 255  # only the first has ink
-    picture = clip.render(ink, white)[:, 0]
-    line, mass = (torch.arange(40) + 0.5 - 20) / 20, picture.sum((1, 2))
-    y, x = ((picture.sum(axis) * line).sum(1) / mass for axis in (2, 1))
-    assert y.mean() == pytest.approx(-0.5, abs=0.02) and abs(x.mean()) < 0.02
-    assert y.std() > 0.03 and x.std() > 0.03 and (y + 0.5).abs().max() < 0.13
+    ink[:, :, 13:15, 13:15] = 255
+    line, places = (torch.arange(40) + 0.5 - 20) / 20, []
+    upper, lower = clip.render(ink, white)[:, 0].split(20, 1)
+    for half, rows, middle in ((upper, line[:20], -0.5), (lower, line[20:], 0.5)):
+        mass = half.sum((1, 2))
+        y, x = (half.sum(2) * rows).sum(1) / mass, (half.sum(1) * line).sum(1) / mass
+        assert y.mean() == pytest.approx(middle, abs=0.02) and abs(x.mean()) < 0.02
+        assert y.std() > 0.03 and x.std() > 0.03 and (y - middle).abs().max() < 0.13
+        places += [y, x]
+    assert (torch.corrcoef(torch.stack(places)) - torch.eye(4)).abs().max() < 0.2
     assert clip.render(ink | 255, white).max().item() == pytest.approx(1)  # they overlap
 
 
@@ -276,8 +275,13 @@ def test_training_shows_scenes_twins_and_all_ways_to_say_them(monkeypatch):
         seen.append((images, tokens, scenes))
         return model[0] + 0
 
+    firsts, sample = [], clip.sample_scenes
+    monkeypatch.setattr(clip, "sample_scenes", lambda labels, first, *more: (
+        firsts.append(first) or sample(labels, first, *more)))
     train(loss_function, "--epochs 3 --batch-size 40 --twins 0.2", count=411)
     assert [len(scenes) for _, _, scenes in seen] == 3 * (10 * [40] + [11])
+    assert torch.stack(firsts).sort(1).values.equal(torch.arange(411).expand(3, 411))
+    assert not firsts[0].equal(firsts[1])  # each image once an epoch, in a new order
     images, tokens, scenes = (torch.cat(tensors) for tensors in zip(*seen))
     texts = [words(row) for row in tokens]
     assert [read(text) for text in texts] == [tuple(scene) for scene in scenes.tolist()]
@@ -399,7 +403,7 @@ def test_a_run_trains_with_the_loss_asked_for_and_draws_what_it_finds(loss, tmp_
     for kind, expected in zip(bars.containers, (*found, clip.CHANCE), strict=True):
         middles = [round(bar.get_y() + bar.get_height() / 2) for bar in kind]
         assert {names[y]: bar.get_width() for y, bar in zip(middles, kind)} == expected
-    assert "wide: seen, narrow: held out, thin: chance" in bars.get_title()
+    assert "wide: seen pairs, narrow: held out, thin: chance" in bars.get_title()
     heights = [kind[0].get_height() for kind in bars.containers]
     assert heights == sorted(heights, reverse=True)
     assert "a white one left of a white two" in nearest.get_title()

@@ -101,7 +101,6 @@ def test_a_frozen_model_is_explained_and_the_image_is_left_as_it_was():
 
 
 def test_overlap_counts_pixels():
-    torch.manual_seed(0)
     corners, sizes = torch.randint(25, (20, 2)), torch.randint(1, 24, (20, 2))
     boxes = torch.cat([corners, corners + sizes], 1)
     for (top, left, bottom, right), found in zip(boxes.tolist(), rollout.overlap(boxes)):
@@ -124,7 +123,6 @@ def test_pointing_and_mass_of_maps_whose_worth_is_known():
 
 def test_deletion_blackens_the_strongest_patches_first():
     """The logit of class c is the mean of patch c, of black -1: the curve is known."""
-    torch.manual_seed(0)
     x, maps = 2 * torch.rand(3, 1, 48, 48) - 1, torch.rand(3, 36)
     maps[2] = maps[2].round()  # of equal ones, the first in reading order
     labels = torch.tensor([3, 0, 9], dtype=torch.uint8)
@@ -139,7 +137,6 @@ def test_deletion_blackens_the_strongest_patches_first():
 
 
 def test_the_measures_are_means_over_the_scenes_of_every_map(monkeypatch):
-    torch.manual_seed(0)
     drawn, labels = rollout.draw_characters(60)
     x, boxes = rollout.scenes(drawn, drawn, 2)
     model, inside = network().float(), rollout.overlap(boxes)
@@ -216,7 +213,6 @@ def spread_over(places, *sizes):
 
 
 def test_a_scene_without_clutter_is_its_digit_in_its_box():
-    torch.manual_seed(0)
     drawn, _ = rollout.draw_characters(200)
     x, boxes = rollout.scenes(drawn, drawn, 0)
     assert x.shape == (200, 1, 48, 48) and x.min() == -1
@@ -232,7 +228,6 @@ def test_a_scene_without_clutter_is_its_digit_in_its_box():
 
 
 def test_clutter_comes_from_the_pool_and_never_darkens():
-    torch.manual_seed(0)
     digits = torch.zeros(100, 28, 28, dtype=torch.uint8)
     digits[:, 10:20, 12:15] = 100
     pool = torch.tensor([7, 14, 210], dtype=torch.uint8).view(3, 1, 1).expand(3, 28, 28)
@@ -247,7 +242,6 @@ def test_clutter_comes_from_the_pool_and_never_darkens():
 
 
 def test_a_piece_is_cut_from_the_middle_of_an_image_and_put_anywhere():
-    torch.manual_seed(0)
     pool = torch.randint(1, 256, (1, 28, 28)).byte()
     windows = pool[0].unfold(0, 8, 1).unfold(1, 8, 1)  # (21, 21, 8, 8)
     x, _ = rollout.scenes(torch.zeros(600, 28, 28, dtype=torch.uint8), pool, 1)
@@ -279,7 +273,6 @@ class Prior(nn.Module):
 
 
 def test_each_epoch_sees_each_image_once_in_a_new_scene_with_its_label():
-    torch.manual_seed(0)
     shades = 5 * torch.arange(1, 50, dtype=torch.uint8)
     images = shades.view(49, 1, 1).expand(49, 28, 28)
     labels = torch.tensor([0] * 29 + [1] * 14 + [2] * 6)
@@ -300,7 +293,6 @@ def test_each_epoch_sees_each_image_once_in_a_new_scene_with_its_label():
 
 
 def test_results_and_pictures_are_those_of_both_networks(tmp_path, monkeypatch):
-    torch.manual_seed(0)
     images, labels = rollout.draw_characters(100)
     tests, answers = 255 - images, labels.flip(0)
     data = images, labels, tests, answers, "mine"

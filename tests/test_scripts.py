@@ -159,14 +159,18 @@ def test_the_same_seed_gives_the_same_numbers(script, trained, digits, tmp_path)
 def test_another_seed_gives_others_and_a_second_phase_trains_as_well(
         script, trained, digits, tmp_path, monkeypatch):
     module, _, one = trained(script)
-    train, distances = module.train, []
+    train, progress, distances = module.train, module.progress, []
 
     def train_twice(*args, **more):
         model, = (value for value in args if isinstance(value, torch.nn.Module))
         for phase in range(2):
-            before = parameters_to_vector(model.parameters())
+            path = [parameters_to_vector(model.parameters()).detach()]
+            monkeypatch.setattr(module, "progress", lambda *values: (
+                path.append(parameters_to_vector(model.parameters()).detach()), progress(*values)))
             train(*args, **more)
-            distances.append((parameters_to_vector(model.parameters()) - before).norm().item())
+            distances.append((path[-1] - path[0]).norm().item())
+            steps = [(two - one).norm().item() for one, two in zip(path, path[1:])]
+            assert 0 < steps[-1] < 0.25 * max(steps)  # the rate ends near 0
 
     monkeypatch.setattr(module, "train", train_twice)
     two = run_main(module, digits, tmp_path, "--seed", "5")
@@ -432,7 +436,6 @@ def test_real_files_are_whole(real_data):
 
 
 def test_drawn_characters_vary_and_can_be_told_apart():
-    torch.manual_seed(0)
     images, labels = first.draw_characters(3000)
     assert images.dtype == torch.uint8 and images.shape == (3000, 28, 28)
     assert labels.bincount().tolist() == [300] * 10
