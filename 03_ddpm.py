@@ -18,7 +18,7 @@ Read    `Diffusion` and `train`: they are DDPM.
 Try     easy: --T 100 --out out/T100. How many steps does a digit need?
         medium: in `Diffusion`, the cosine schedule (arXiv:2102.09672, eq. 17).
         harder: add an embedding of y.long(), if given, to `emb`; `train` gets labels,
-        `sample` `lambda x, t: model(x, t, y)`.
+        and `sample` gets `lambda x, t: model(x, t, y)`.
 Paper   Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, arXiv:2006.11239
 Text    拡散モデルの理論, sections 8.2 to 8.4; ex. and eq. 5.x: 第5章 演習問題の解答
 """
@@ -96,7 +96,7 @@ class Diffusion:
         What the network predicts is decided here and in the loss of `train`.
         """
         x0 = (x_t - self.noise[t] * model(x_t, t)) / self.signal[t]
-        # At large t, errors are divided by almost 0. (Latents are not in [-1, 1].)
+        # At large t, errors are divided by almost 0. (For latents, drop the clamp.)
         return x0.clamp(-1, 1)
 
     def q_mean(self, x0, x_t, t):

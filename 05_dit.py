@@ -233,7 +233,10 @@ class Diffusion:
         return simple, variance_loss(self, eps, eps_hat.detach(), v, x_t, t)
 
     def step(self, eps_hat, v, x_t, t, s):
-        """Draw x_s from p_θ(x_s | x_t), as in Algorithm 2 of DDPM."""
+        """Draw x_s from p_θ(x_s | x_t), as in Algorithm 2 of DDPM.
+
+        DDIM would use the guess of the image, x̂_0 = (x_t - noise[t] ε̂) / signal[t].
+        """
         mean, beta_tilde, beta = self.posterior(eps_hat, x_t, t, s)
         if s == 0:
             return mean
