@@ -172,7 +172,7 @@ def test_the_noise_in_x_t_is_the_target_and_the_variance_has_its_own_loss():
     def knows(x_t, times, labels):
         assert times.equal(t) and labels.equal(y)
         bar = BAR[t].view(-1, 1, 1, 1)
-        eps = (x_t - bar.sqrt() * x0) / (1 - bar).sqrt()
+        eps = ((x_t - bar.sqrt() * x0) / (1 - bar).sqrt()).float()
         seen.append((eps, (eps + 0.1).requires_grad_(), v.requires_grad_(), x_t))
         return seen[0][1:3]
 
