@@ -3,7 +3,7 @@
     p(x, z1, z2) = p(z2) p(z1 | z2) p(x | z1),  p(z2) = N(0, I)    sample
     q(z1, z2 | x) = q(z1 | x) q(z2 | z1)                           encoder1, encoder2
     log p(x) >= ELBO = J1 + J2 + J3, on average over q, with       elbo
-    J1 = log p(x | z1)                                             x comes back
+    J1 = log p(x | z1)                                             x is redrawn
     J2 = -KL(q(z2 | z1) ‖ p(z2))                                   minus cost of level 2
     J3 = log p(z1 | z2) - log q(z1 | x)                            minus cost of level 1
 
@@ -15,7 +15,7 @@ bounds the log of a density of pixels in [0, 1], so it can be positive; bits/dim
     python 02_hvae.py            2-4 minutes on two CPU cores
     python 02_hvae.py --quick    a smoke test
 
-Expect  ELBO +808 nats, of which level 2 costs 8; one level: +782. In the text's model
+Expect  ELBO +808 nats, after paying 8 for level 2; one level: +782. In the text's model
         level 2 costs 0. See levels.png.
 Read    `TwoLevelVAE` first.
 Try     easy: --faults. What does each fault do?
@@ -110,7 +110,10 @@ class TwoLevelVAE(nn.Module):
         return gaussian(self.decoder2(z2))
 
     def elbo(self, x, J3_term=sampled_J3):
-        """Return J1, J2, J3 at one draw of z1 and z2, each (B,), in nats (text C.2)."""
+        """Return J1, J2, J3 at one draw of z1 and z2, each (B,), in nats (text C.2).
+
+        The second lesson has another J3_term.
+        """
         q1 = gaussian(self.encoder1(x))   # q(z1 | x)
         z1 = reparameterize(*q1)
         q2 = gaussian(self.encoder2(z1))  # q(z2 | z1)
@@ -249,7 +252,7 @@ def evaluate(model, x):
 
 @torch.no_grad()
 def plot_levels(args, models, x):
-    """Show what each level keeps of ten images x, and samples (1,000 also as .npz)."""
+    """Show images x, what z1 keeps, what z2 keeps, three draws from it, and samples."""
     plt.figure(figsize=(5 * len(models), 6), layout="constrained")
     z2, pixels = torch.randn(1000, args.latent_dim, device=x.device), {}
     for i, (name, model) in enumerate(models.items()):
@@ -261,7 +264,7 @@ def plot_levels(args, models, x):
         rows = [x, model.decoder1(mu1), model.decoder1(z1_hat)]
         rows += [model.sample(mu2.repeat(3, 1)), samples[:50]]
         plt.subplot(1, len(models), i + 1)
-        title = f"{name}: x, from z1, from z2 (4), samples"
+        title = f"{name}: x, by z1, by z2, 3 draws, samples"
         show_grid(torch.cat(rows).view(-1, 1, 28, 28), 10, title)
     plt.savefig(f"{args.out}/levels.png")
     np.savez_compressed(f"{args.out}/samples.npz", **pixels)

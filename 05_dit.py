@@ -16,7 +16,7 @@ to answer without it; guidance, g > 1, exaggerates the difference.
 Expect  results.png; to a classifier, 99% of samples show the right digit (chance: 10%).
 Read    `DiTBlock`, `Diffusion`, `guided`; the rest can wait.
 Try     easy: --epochs 0 --load out/05_dit/model.pt --out out/try --guidance 4
-        medium: DDIM: let `step` return signal[s] x̂_0 + noise[s] ε̂, adding no noise.
+        medium: DDIM, without new training: `step` returns signal[s] x̂_0 + noise[s] ε̂.
         harder: flow matching, which learns faster: see `loss` in `Diffusion`.
 Paper   Peebles, Xie: Scalable Diffusion Models with Transformers, arXiv:2212.09748
 Texts   [논문분석] Scalable Diffusion Models with Transformers; 第5章 解答, ex. 5.7
@@ -88,7 +88,7 @@ def zero_linear(dim, out_dim):
 
 
 def modulate(x, shift=0, scale=0):
-    """Return LN(x) ⊙ (1 + scale) + shift; this LN has no weights of its own."""
+    """Return LN(x) ⊙ (1 + scale) + shift; LN has no weights (DiT has it outside)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
@@ -223,8 +223,9 @@ class Diffusion:
     def loss(self, model, x0, y, t):
         """Return L_simple and, in nats, the loss of the variance (second lesson).
 
-        Flow matching, with τ = t / T, has x_t = (1 - τ) x_0 + τ ε here and the target
-        ε - x_0, x_t - (t - s) / T ε̂ in `step`, and torch.zeros(()) as its bound.
+        Flow matching, with τ = t / T as (B, 1, 1, 1), has x_t = (1 - τ) x_0 + τ ε here,
+        the target ε - x_0 and the bound torch.zeros(()). `step` then returns
+        x_t - (t - s) / T ε̂, where ε̂ is now a velocity.
         """
         eps = torch.randn_like(x0)
         x_t = self.signal[t] * x0 + self.noise[t] * eps
@@ -236,6 +237,7 @@ class Diffusion:
         """Draw x_s from p_θ(x_s | x_t), as in Algorithm 2 of DDPM.
 
         DDIM would use the guess of the image, x̂_0 = (x_t - noise[t] ε̂) / signal[t].
+        After a clamp of x̂_0, ε̂ = (x_t - signal[t] x̂_0) / noise[t].
         """
         mean, beta_tilde, beta = self.posterior(eps_hat, x_t, t, s)
         if s == 0:
@@ -470,7 +472,7 @@ def main(argv=None):
     save_model(args, model)
     model.eval()
     x0, y = autoencoder.encode(test_images[:1000]), test_labels[:1000].long()
-    t = torch.arange(len(x0), device=args.device) + 1  # each image at its own time
+    t = torch.arange(len(x0), device=args.device) % diffusion.T + 1  # at many times
     with torch.no_grad():
         simple, bound = diffusion.loss(dit, x0, y, t)
     y = torch.arange(args.samples, device=args.device) % dit.num_classes

@@ -15,10 +15,10 @@ answer fall when the strongest patches go black (deletion)?
     python 07_rollout.py --quick    a smoke test; --epochs 6 --train-size 10000: short
 
 Expect  Rollout points at the digit in 100% of scenes, the last layer in 23 to 52%.
-        Untrained, rollout still gets 73%: a good map need not explain. measures.png
+        Untrained, rollout still gets 73%: a map can be right and explain nothing.
 Read    `attention_rollout` and `explain`.
 Try     easy: --clutter 12 --out out/clutter12. Which maps get worse?
-        medium: one more line in `explain`: rollout of head 0 alone.
+        medium: one more line in `explain`: rollout of head 0 alone (keep its axis).
         harder: `explain` the trained model of 04_vit.py, in a script of your own.
 Paper   Abnar, Zuidema: Quantifying Attention Flow in Transformers, arXiv:2005.00928
 Text    第5章 演習問題の解答, ex. 5.2
@@ -64,13 +64,15 @@ QUICK = {"epochs": 3, "train_size": 512, "measured": 20}
 def merge_heads(attention):
     """Return W (B, N, N), the mean over the heads of attention (B, h, N, N)."""
     W = attention.mean(1)
-    # Rows sum to 1, whatever is done to heads (a maximum, entries set to 0), but for
-    # rows of zeros.
+    # Rows still sum to 1 if heads are merged in another way (a maximum, entries set to
+    # 0), except rows of zeros.
     return W / W.sum(2, keepdim=True).clamp(min=1e-12)
 
 
 def attention_rollout(attentions, kept=0.5):
-    """Return Ã(L) (B, N, N); row i says how much of each input token is in token i.
+    """Return Ã(L) (B, N, N) from the attention (B, h, N, N) of each layer.
+
+    Row i says how much of each input token is in token i.
 
     Entry (i, j) of a matrix product is a sum over all paths from j to i. `kept` is the
     share that a token keeps of itself: by convention ½, for the skip connection (ex.
@@ -290,8 +292,7 @@ FRACTIONS = [(i / 6) ** 2 for i in range(7)]  # 0, 1, 4, 9, ... of 36: dense at 
 
 
 def to_pixels(maps):
-    """Spread a value for each patch (B, 36), row by row, over its pixels."""
-    # to (B, 1, 48, 48)
+    """Spread values of patches (B, 36), row by row, over pixels: (B, 1, 48, 48)."""
     return F.interpolate(maps.view(len(maps), 1, 6, 6), scale_factor=8)
 
 
