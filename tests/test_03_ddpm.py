@@ -379,8 +379,8 @@ def tiles(axes, columns):
 @pytest.fixture(scope="module")
 def a_run(tmp_path_factory):
     """`main` on white images to train and black ones to test."""
-    out, labels = tmp_path_factory.mktemp("run"), torch.zeros(512).long()
-    white = torch.full([512, 28, 28], 255, dtype=torch.uint8)
+    out, labels = tmp_path_factory.mktemp("run"), torch.zeros(256).long()
+    white = torch.full([256, 28, 28], 255, dtype=torch.uint8)
     tests = torch.cat([0 * white[:8], white[:8] // 2, white])  # eight black, eight gray
     drawn, sample = [], ddpm.Diffusion.sample
     with pytest.MonkeyPatch.context() as patch:

@@ -55,7 +55,8 @@ def rows(history):
 
 def run_main(module, digits, out, *flags):
     """`main` in this process, with --quick on a few drawn digits; returns its metrics."""
-    few = ["--samples", "10"] if "samples" in module.SETTINGS else []
+    few = {"samples": 10, "T": 21, "steps": 2, "measured": 4}
+    few = [f"--{name}={number}" for name, number in few.items() if name in module.SETTINGS]
     module.main(["--quick", "--data", str(digits), "--batch-size", "32", "--device", "cpu",
                  "--epochs", "2", "--out", str(out), *few, *flags])
     return json.loads((out / "metrics.json").read_text())
@@ -94,25 +95,6 @@ def test_a_script_imports_little_and_does_nothing_when_imported(
 
 
 # ---- A run ---------------------------------------------------------------------------
-
-
-@each_script
-def test_a_copied_file_runs_alone_offline_and_without_a_screen(script):
-    done, folder = COPIES[script].result()
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    lines = done.stdout.splitlines()
-    assert "data: drawn digits, not MNIST" in done.stdout and "not MNIST" in lines[-1]
-    assert sum(line.startswith("step ") for line in lines) >= 5
-    assert sorted(path.name for path in folder.iterdir()) == [script.name, "out"]
-    out = folder / "out" / script.stem
-    pictures = list(out.glob("*.png"))
-    assert 1 <= len(pictures) <= 2
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert "not MNIST" in metrics["data"] and metrics["torch"] == torch.__version__
-    assert metrics["settings"]["quick"] is True
-    assert rows(metrics["history"]) and metrics["results"]
-    checkpoint = torch.load(out / "model.pt", weights_only=True)
-    assert checkpoint["settings"] == metrics["settings"]
 
 
 @pytest.fixture(scope="session")
@@ -444,3 +426,21 @@ def test_drawn_characters_vary_and_can_be_told_apart():
     distance = torch.cdist(x[:500], x[500:])  # nearest neighbor among the others: chance is 0.1
     right = labels[500:][distance.argmin(1)] == labels[:500]
     assert 0.8 < right.float().mean() and distance.min() > 0
+
+
+@each_script
+def test_a_copied_file_runs_alone_offline_and_without_a_screen(script):
+    done, folder = COPIES[script].result()
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    lines = done.stdout.splitlines()
+    assert "data: drawn digits, not MNIST" in done.stdout and "not MNIST" in lines[-1]
+    assert sum(line.startswith("step ") for line in lines) >= 5
+    assert sorted(path.name for path in folder.iterdir()) == [script.name, "out"]
+    out = folder / "out" / script.stem
+    assert 1 <= len(list(out.glob("*.png"))) <= 2
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert "not MNIST" in metrics["data"] and metrics["torch"] == torch.__version__
+    assert metrics["settings"]["quick"] is True
+    assert rows(metrics["history"]) and metrics["results"]
+    checkpoint = torch.load(out / "model.pt", weights_only=True)
+    assert checkpoint["settings"] == metrics["settings"]
